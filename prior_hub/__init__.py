@@ -1,0 +1,95 @@
+"""prior_hub: pre-trained priors, as easy to share and use as pre-trained weights.
+
+    prior = PriorModel.from_pretrained("org/resnet50-simclr-prior")
+    trainer = PriorTrainer(model=model, prior=prior, args=PriorTrainingArguments(...), train_dataset=...)
+
+Names are loaded when first used: importing `prior_hub` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from prior_hub.errors import (
+    PriorAccessError,
+    PriorConnectionError,
+    PriorFormatError,
+    PriorHubError,
+    PriorMatchError,
+    PriorNotFoundError,
+    PriorNumericsError,
+    PriorWarning,
+)
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "LowRankGaussian": "prior_hub.priors.gaussian",
+    "Match": "prior_hub.priors.matching",
+    "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
+    "PriorConfig": "prior_hub.priors.config",
+    "PriorModel": "prior_hub.model",
+    "PriorPenalty": "prior_hub.finetuning.penalty",
+    "PriorTrainer": "prior_hub.finetuning.trainer",
+    "PriorTrainerMixin": "prior_hub.finetuning.trainer",
+    "PriorTrainingArguments": "prior_hub.finetuning.arguments",
+    "SwagCallback": "prior_hub.learning.callback",
+    "SwagEstimator": "prior_hub.learning.swag",
+    "isotropic_prior": "prior_hub.learning.isotropic",
+    "match_parameters": "prior_hub.priors.matching",
+    "push_prior_to_hub": "prior_hub.model",
+    "recompute_batch_norm": "prior_hub.learning.batch_norm",
+}
+
+__all__ = [
+    "LowRankGaussian",
+    "Match",
+    "PriorAccessError",
+    "PriorArgumentsMixin",
+    "PriorConfig",
+    "PriorConnectionError",
+    "PriorFormatError",
+    "PriorHubError",
+    "PriorMatchError",
+    "PriorModel",
+    "PriorNotFoundError",
+    "PriorNumericsError",
+    "PriorPenalty",
+    "PriorTrainer",
+    "PriorTrainerMixin",
+    "PriorTrainingArguments",
+    "PriorWarning",
+    "SwagCallback",
+    "SwagEstimator",
+    "__version__",
+    "isotropic_prior",
+    "match_parameters",
+    "push_prior_to_hub",
+    "recompute_batch_norm",
+]
+
+if TYPE_CHECKING:
+    from prior_hub.finetuning.arguments import PriorArgumentsMixin, PriorTrainingArguments
+    from prior_hub.finetuning.penalty import PriorPenalty
+    from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
+    from prior_hub.learning.batch_norm import recompute_batch_norm
+    from prior_hub.learning.callback import SwagCallback
+    from prior_hub.learning.isotropic import isotropic_prior
+    from prior_hub.learning.swag import SwagEstimator
+    from prior_hub.model import PriorModel, push_prior_to_hub
+    from prior_hub.priors.config import PriorConfig
+    from prior_hub.priors.gaussian import LowRankGaussian
+    from prior_hub.priors.matching import Match, match_parameters
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'prior_hub' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,95 @@
+"""Local shards of a tensor and sums over ranks: the only place that knows about DTensor.
+
+A parameter is either a plain tensor (one process, or a DDP replica: every rank holds all of it) or a `DTensor` (FSDP2,
+tensor parallelism: every rank holds a shard). Elementwise work always runs on `local_tensor(...)`; a sum over entries is
+the sum over ranks of each local sum times `contribution(...)`, so that replicated entries count once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["contribution", "copy_full_", "is_sharded", "local_tensor", "reshard", "shard_like", "sum_over_ranks"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a `DTensor`, that is, whether this rank may hold only a part of it."""
+    return type(tensor).__name__ == "DTensor" and hasattr(tensor, "device_mesh")
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that this rank holds, sharing its memory: (*local_shape)."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(full: Tensor, reference: Tensor, *, leading: int = 0) -> Tensor:
+    """This rank's part of `full`, cut exactly as `reference` is.
+
+    Args:
+        full: (*leading_shape, *shape), the same values on every rank.
+        reference: (*shape), a plain tensor or a DTensor.
+        leading: number of leading dimensions of `full` that `reference` does not have (1 for deviations); they are
+            never cut.
+
+    Returns:
+        (*leading_shape, *local_shape); `full` itself when `reference` is a plain tensor. No communication.
+    """
+    if not is_sharded(reference):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import Replicate, Shard
+
+    placements: list[Any] = []
+    for placement in reference.placements:  # type: ignore[attr-defined]
+        if isinstance(placement, Replicate):
+            placements.append(placement)
+        elif type(placement) is Shard:
+            placements.append(Shard(placement.dim + leading))
+        else:  # e.g. _StridedShard of FSDP2 + tensor parallelism: keep its kind, move its dimension
+            moved = placement if leading == 0 else type(placement)(placement.dim + leading, split_factor=placement.split_factor)
+            placements.append(moved)
+    mesh = reference.device_mesh  # type: ignore[attr-defined]
+    moved_full = full.to(reference.device)
+    return distribute_tensor(moved_full, mesh, placements, src_data_rank=None).to_local()
+
+
+def copy_full_(target: Tensor, full: Tensor) -> None:
+    """Write the full-shaped values `full` (*shape) into `target` in place, each rank its own shard."""
+    with torch.no_grad():
+        local = local_tensor(target)
+        local.copy_(shard_like(full, target).to(device=local.device, dtype=local.dtype))
+
+
+def contribution(tensor: Tensor) -> float:
+    """The weight of this rank's local sum in a sum over all ranks: 1 / (number of ranks holding the same entries)."""
+    if not is_sharded(tensor):
+        return 1.0 / _world_size()
+    from torch.distributed.tensor.placement_types import Replicate
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    pairs = zip(mesh.shape, tensor.placements, strict=True)  # type: ignore[attr-defined]
+    shards: int = math.prod(size for size, placement in pairs if not isinstance(placement, Replicate))
+    return float(shards) / _world_size()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """All-reduce `values` in place over every rank (a few floats: nothing is gained by making it asynchronous)."""
+    if _world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give FSDP2 modules back to their sharded state, which `evaluate()` leaves for the root group."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

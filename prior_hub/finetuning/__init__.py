@@ -1,0 +1,1 @@
+"""How a prior is used: the penalty, its place in Trainer, the arguments."""

@@ -1,0 +1,70 @@
+"""The scalar settings of a fine-tuning under a prior, beside Trainer's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+__all__ = ["PriorArgumentsMixin", "PriorTrainingArguments"]
+
+
+@dataclass
+class PriorArgumentsMixin:
+    """The prior's settings, to be mixed into any `TrainingArguments` (see `PriorTrainerMixin`).
+
+    Attributes:
+        prior: Hub name or folder of the prior; `PriorTrainer(prior=...)` wins over it.
+        prior_scale: scale of the prior's covariance; the stored one when None.
+        prior_rank: use only this many deviations; all when None, 0 for a diagonal prior.
+        prior_head_variance: variance of the zero-mean prior over parameters the prior does not know; None leaves them to
+            weight_decay.
+        prior_num_examples: N; the length of the training set when None.
+        prior_initialize: start from the prior's mean and its BatchNorm statistics.
+        prior_include_head: bind the source task's head too (same classes on both sides).
+        prior_on_mismatch: "error" or "drop" for parameters of another shape.
+        prior_min_coverage: share of the prior's values that must find a place in the model.
+        prior_revision: branch, tag or commit of the prior's repository.
+        prior_subfolder: folder of the prior in its repository.
+    """
+
+    prior: str | None = field(
+        default=None, metadata={"help": "Hub name (organisation/name) or folder of the prior to fine-tune under."}
+    )
+    prior_scale: float | None = field(
+        default=None,
+        metadata={"help": "Scale of the prior's covariance: larger lets the data move the weights more. Default: as stored."},
+    )
+    prior_rank: int | None = field(
+        default=None, metadata={"help": "Use only this many deviations of the prior (0: its diagonal). Default: all."}
+    )
+    prior_head_variance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Variance of the zero-mean prior over new parameters (the head). Default: weight_decay acts on them."
+        },
+    )
+    prior_num_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "N, by which the penalty is divided: number of training examples, or of label tokens if the loss is a "
+            "mean over tokens. Default: length of the training set."
+        },
+    )
+    prior_initialize: bool = field(default=True, metadata={"help": "Start from the prior's mean and its BatchNorm statistics."})
+    prior_include_head: bool = field(
+        default=False, metadata={"help": "Bind the source task's head too: only if the classes are the same."}
+    )
+    prior_on_mismatch: str = field(
+        default="error", metadata={"help": "What to do with parameters of another shape: 'error' or 'drop'."}
+    )
+    prior_min_coverage: float = field(
+        default=0.5, metadata={"help": "Share of the prior's values that must find a place in the model."}
+    )
+    prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
+    prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})
+
+
+@dataclass
+class PriorTrainingArguments(PriorArgumentsMixin, TrainingArguments):
+    """`TrainingArguments` with the prior's settings; everything else is as in transformers."""

@@ -1,0 +1,247 @@
+"""A prior bound to a model: the penalty and its gradient, once per optimizer step.
+
+    loss = mean NLL per example + penalty / N            N = num_examples
+    p.grad += factor * (Sigma^-1 (theta - mean)) / N     after backward, before clipping and the optimizer's step
+
+Parameters the prior does not know (a new head) get N(0, head_variance I), or nothing when it is None.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prior_hub.distributed import contribution, is_sharded, local_tensor, shard_like, sum_over_ranks
+from prior_hub.errors import PriorMatchError, PriorWarning
+from prior_hub.model import PriorModel
+from prior_hub.priors.gaussian import LowRankGaussian
+from prior_hub.priors.matching import Match, NameMap, canonical_parameters
+
+__all__ = ["PriorPenalty"]
+
+
+class PriorPenalty:
+    """The prior's part of the loss, for any training loop.
+
+        prior = PriorModel.from_pretrained("org/name")
+        prior.initialize(model)
+        penalty = PriorPenalty(prior, model, num_examples=len(train_set))
+        for batch in loader:
+            loss = nll(model, batch)                # mean over the batch
+            loss.backward()
+            penalty.add_gradient_()                 # once per optimizer step, after the last backward
+            optimizer.step()
+            optimizer.zero_grad()
+
+    With a GradScaler pass `add_gradient_(factor=scaler.get_scale())`; with accelerate call it when
+    `accelerator.sync_gradients`. Under DDP and FSDP2 make it after the model is wrapped or sharded, and call it on every
+    rank. Do not decay the covered parameters a second time: their names are in `covered_names`.
+
+    Args:
+        prior: the prior.
+        model: the model, possibly wrapped, sharded or with adapters.
+        num_examples: N: training examples for a loss that is a mean over examples, label tokens for a mean over tokens.
+            Epochs and augmentation do not multiply it.
+        scale: instead of the prior's own scale.
+        rank: use only this many deviations.
+        head_variance: variance of the zero-mean Gaussian over trainable parameters the prior does not know; None leaves
+            them to the optimizer's weight decay.
+        name_map: as `match_names`.
+        include_head: as `match_names`.
+        on_mismatch: as `match_names`.
+        min_coverage: as `match_names`.
+
+    Attributes:
+        match: the `Match`; print it.
+        gaussian: the Gaussian over the matched parameters (this rank's shards), by the model's names.
+        num_examples: N.
+        covered_names: canonical names of the model's parameters that must not be decayed.
+
+    Raises:
+        PriorMatchError: prior and model do not fit, or every covered parameter is frozen.
+        ValueError: `num_examples` or `head_variance` is not positive.
+    """
+
+    def __init__(
+        self,
+        prior: PriorModel,
+        model: nn.Module,
+        *,
+        num_examples: int,
+        scale: float | None = None,
+        rank: int | None = None,
+        head_variance: float | None = None,
+        name_map: NameMap | None = None,
+        include_head: bool = False,
+        on_mismatch: str = "error",
+        min_coverage: float = 0.5,
+    ) -> None:
+        if not num_examples > 0:
+            raise ValueError(f"num_examples is {num_examples}, expected the number of training examples, > 0.")
+        if head_variance is not None and not (head_variance > 0 and math.isfinite(head_variance)):
+            raise ValueError(f"head_variance is {head_variance}, expected a finite number > 0, or None for no head prior.")
+        self.num_examples = int(num_examples)
+        self.head_variance = head_variance
+        self.match: Match = prior.match(
+            model, name_map=name_map, include_head=include_head, on_mismatch=on_mismatch, min_coverage=min_coverage
+        )
+        parameters = canonical_parameters(model)
+        _refuse_flattened(model)
+        covered = {target: parameters[target] for target in self.match.pairs.values()}
+        self._trained = [name for name, p in covered.items() if p.requires_grad]
+        if not self._trained:
+            raise PriorMatchError(
+                f"all {len(covered)} parameters under the prior are frozen, so that the prior can do nothing (adapters such "
+                "as LoRA freeze the base weights). Unfreeze them, or use a prior over the adapter's own parameters."
+            )
+        self._parameters = covered
+        self._head = {
+            name: parameters[name] for name in self.match.new if parameters[name].requires_grad and head_variance is not None
+        }
+        self.covered_names = frozenset(covered) | frozenset(self._head)
+        self.gaussian = _localised(prior, self.match, covered, scale, rank)
+        self._any_sharded = any(is_sharded(p) for p in (*covered.values(), *self._head.values()))
+        self._warned = False
+
+    def penalty(self) -> Tensor:
+        """The penalty of prior and head prior together, in nats (not divided by N): 0-d float64, no graph."""
+        with torch.no_grad():
+            return self.gaussian.penalty(self._local(self._parameters)) + self._head_penalty()
+
+    def loss(self) -> Tensor:
+        """penalty / N as a differentiable 0-d tensor, to be added to a mean NLL before `backward()`.
+
+        Simple, but it counts once per backward: with gradient accumulation it must be added on one micro-batch only, and
+        under DDP it costs an all-reduce of gradients that are equal already. `add_gradient_` has neither problem.
+
+        Raises:
+            NotImplementedError: the model is sharded; use `add_gradient_`.
+        """
+        if self._any_sharded:
+            raise NotImplementedError("loss() does not know shards; call add_gradient_() after backward instead.")
+        total = self.gaussian.penalty(self._parameters)
+        for parameter in self._head.values():
+            total = total + 0.5 * parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square().sum() / (
+                self.head_variance or 1.0
+            )
+        return total / self.num_examples
+
+    @torch.no_grad()
+    def add_gradient_(self, factor: float | Tensor = 1.0) -> Tensor:
+        """Add factor * gradient of penalty / N to `p.grad` of every trained parameter, in place.
+
+        Args:
+            factor: the GradScaler's scale, if there is one whose `unscale_` comes later.
+
+        Returns:
+            penalty / N at the present weights, 0-d float64: what the prior adds to the loss (not times factor).
+        """
+        into = {}
+        for name in self._trained:
+            into[name] = local_tensor(_gradient(self._parameters[name]))
+        self._warn_if_rounded(into)
+        share = factor / self.num_examples
+        value = self.gaussian.add_gradient_(self._local(self._parameters), into, share)
+        for parameter in self._head.values():
+            gradient = local_tensor(_gradient(parameter))
+            gradient += (local_tensor(parameter).to(gradient.dtype) * (share / (self.head_variance or 1.0))).to(gradient.dtype)
+        return (value + self._head_penalty()) / self.num_examples
+
+    def curvature(self) -> float:
+        """The largest curvature the prior adds to the loss: largest precision / N. Gradient descent needs lr * this < 2."""
+        return self.gaussian.largest_precision() / self.num_examples
+
+    def warn_if_unstable(self, learning_rate: float, *, stacklevel: int = 2) -> bool:
+        """Warn if learning rate x largest precision / N is above 2, where an explicit step overshoots; True if so."""
+        curvature = self.curvature()
+        product = learning_rate * curvature
+        if product <= 2:
+            return False
+        scale = self.gaussian.scale
+        enough = scale * product / 2
+        eps = f" (its eps of {self.gaussian.eps:g} is not scaled)" if self.gaussian.eps > 0 else ""
+        warnings.warn(
+            f"the prior is too stiff for this learning rate: learning rate {learning_rate:g} x largest precision "
+            f"{curvature * self.num_examples:.3g} / N {self.num_examples} = {product:.3g}, and plain gradient steps are stable "
+            "only below 2. The weights will oscillate or stay at the prior's mean, and gradient clipping hides why (an "
+            "adaptive optimizer will not diverge, but follows the prior's gradient and little else). Change one of: "
+            f"prior_scale from {scale:g} to {enough:.2g} or more{eps}; learning_rate to {2 / curvature:.2g} or less; or learn "
+            f"the prior with a larger variance_floor.",
+            PriorWarning,
+            stacklevel=stacklevel + 1,
+        )
+        return True
+
+    def report(self) -> str:
+        """One line for logs: what is covered, with which scale and N."""
+        head = "" if self.head_variance is None else f", head variance {self.head_variance:g} over {len(self._head)} parameters"
+        return f"{self.match.report()}; rank {self.gaussian.rank}, scale {self.gaussian.scale:g}, N = {self.num_examples}{head}"
+
+    # ------------------------------------------------------------------------------------------------------- internals
+
+    def _local(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: local_tensor(p) for name, p in parameters.items()}
+
+    def _head_penalty(self) -> Tensor:
+        device = next(iter(self._parameters.values())).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.zeros((), dtype=dtype, device=device)
+        for parameter in self._head.values():
+            weight = contribution(parameter) if self._any_sharded else 1.0
+            total += weight * local_tensor(parameter).detach().to(dtype).square().sum()
+        if self._any_sharded:
+            sum_over_ranks(total)
+        return 0.5 * total / (self.head_variance or 1.0)
+
+    def _warn_if_rounded(self, into: dict[str, Tensor]) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        low = sorted({str(g.dtype).removeprefix("torch.") for g in into.values() if g.dtype.itemsize < 4})
+        if low:
+            warnings.warn(
+                f"gradients are {', '.join(low)}: adding the prior's gradient to them rounds away up to half of it where it "
+                "is a thousandth of the data's. Keep the parameters in float32 and use autocast (bf16=True) instead.",
+                PriorWarning,
+                stacklevel=4,
+            )
+
+
+def _localised(
+    prior: PriorModel, match: Match, covered: dict[str, Tensor], scale: float | None, rank: int | None
+) -> LowRankGaussian:
+    """The prior's Gaussian over the matched parameters, by the model's names, cut and placed as the parameters are."""
+    gaussian = prior.gaussian if rank is None else prior.gaussian.truncated(rank)
+    if scale is not None:
+        gaussian = gaussian.rescaled(scale)
+    sharded = any(is_sharded(p) for p in covered.values())
+    tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "variance": {}, "deviations": {}}
+    for name, target in match.pairs.items():
+        parameter = covered[target]
+        device = local_tensor(parameter).device
+        for kind, leading in (("mean", 0), ("variance", 0), ("deviations", 1)):
+            source: dict[str, Tensor] = getattr(gaussian, kind)
+            if name in source:
+                tensors[kind][target] = shard_like(source[name], parameter, leading=leading).to(device)
+    settings: dict[str, Any] = {}
+    if sharded:
+        settings = {"contributions": {n: contribution(p) for n, p in covered.items()}, "sum_over_ranks": sum_over_ranks}
+    return gaussian._with(**tensors, **settings)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:  # unused in the forward pass: the prior holds all the same
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    if any("_flat_param" in name for name, _ in model.named_parameters()):
+        raise PriorMatchError(
+            "this model is wrapped by FSDP version 1, which flattens parameters and loses their names. Use FSDP2 "
+            "(fsdp_version: 2 in the accelerate configuration), or DDP."
+        )

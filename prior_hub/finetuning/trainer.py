@@ -1,0 +1,302 @@
+"""`PriorTrainer`: the Hugging Face `Trainer` with a prior in its loss.
+
+The prior's gradient is added in `training_step`, after backward and the reduction over ranks are done and before clipping,
+and only on the micro-batch whose gradients the optimizer will use (`accelerator.sync_gradients`). There it counts exactly
+once per optimizer step under gradient accumulation, short last windows, clipping, fp16 scaling, DDP and FSDP2. Evaluation
+loss stays the plain NLL.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from prior_hub.errors import PriorWarning
+from prior_hub.finetuning.penalty import PriorPenalty
+from prior_hub.model import PriorModel
+from prior_hub.priors.matching import NameMap, raw_names
+
+__all__ = ["PriorTrainer", "PriorTrainerMixin"]
+
+logger = logging.get_logger(__name__)
+
+if TYPE_CHECKING:
+    _TrainerBase: Any = Trainer  # what the mixin is mixed into
+else:
+    _TrainerBase = object
+
+_DEFAULTS: dict[str, Any] = {
+    "prior_scale": None,
+    "prior_rank": None,
+    "prior_head_variance": None,
+    "prior_num_examples": None,
+    "prior_initialize": True,
+    "prior_include_head": False,
+    "prior_on_mismatch": "error",
+    "prior_min_coverage": 0.5,
+    "prior_revision": None,
+    "prior_subfolder": None,
+}
+
+
+class PriorTrainerMixin(_TrainerBase):
+    """Everything a prior adds to a `Trainer`: `class PriorSFTTrainer(PriorTrainerMixin, SFTTrainer)` has it too.
+
+    Settings are read from `args` (`PriorTrainingArguments`, or any class with `PriorArgumentsMixin`); with plain
+    `TrainingArguments` the defaults hold. Without a prior it is the Trainer it is mixed into, to the last bit.
+
+    Args:
+        prior: a Hub name, a folder, or a `PriorModel`; `args.prior` when None.
+        prior_name_map: rules from the prior's names to the model's, as in `match_names`.
+        *args: as the Trainer.
+        **kwargs: as the Trainer.
+
+    Raises:
+        PriorMatchError: prior and model do not fit, or every covered parameter is frozen (LoRA).
+        ValueError: N is not known, or a setup in which the prior's gradient cannot be right (DeepSpeed, optimizers that
+            step inside backward, weight decay on covered parameters, FSDP version 1).
+    """
+
+    model_accepts_loss_kwargs: bool
+
+    def __init__(
+        self,
+        *args: Any,
+        prior: str | os.PathLike[str] | PriorModel | None = None,
+        prior_name_map: NameMap | None = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = kwargs.get("args", args[1] if len(args) > 1 else None)
+        chosen = getattr(settings, "prior", None) if prior is None else prior
+        self._prior_settings = {key: getattr(settings, key, default) for key, default in _DEFAULTS.items()}
+        self._prior_name_map = prior_name_map
+        self.prior: PriorModel | None = None
+        self.prior_penalty: PriorPenalty | None = None
+        self._nll_total: Tensor | None = None
+        self._prior_total: Tensor | None = None
+        self._prior_steps = 0
+        self._probed = False
+        self._ignores_item_count = False
+        if chosen is not None:
+            self.prior = self._load_prior(chosen, getattr(settings, "hub_token", None))
+        super().__init__(*args, **kwargs)
+        if self.prior is None:
+            return
+        self._refuse_impossible_setups()
+        if self.model_init is None and self._prior_settings["prior_initialize"]:
+            self.prior.initialize(self.model, **self._matching())
+        penalty = self._bind()
+        logger.info(f"Prior: {penalty.report()}")
+        self.add_callback(_BindPrior(self))
+
+    # ---------------------------------------------------------------------------------------------------------- set-up
+
+    def _load_prior(self, prior: str | os.PathLike[str] | PriorModel, token: str | None) -> PriorModel:
+        if isinstance(prior, PriorModel):
+            return prior
+        return PriorModel.from_pretrained(
+            prior,
+            revision=self._prior_settings["prior_revision"],
+            subfolder=self._prior_settings["prior_subfolder"],
+            token=token,
+        )
+
+    def _matching(self) -> dict[str, Any]:
+        return {
+            "name_map": self._prior_name_map,
+            "include_head": self._prior_settings["prior_include_head"],
+            "on_mismatch": self._prior_settings["prior_on_mismatch"],
+            "min_coverage": self._prior_settings["prior_min_coverage"],
+        }
+
+    def _bind(self) -> PriorPenalty:
+        """Bind the prior to the parameters as they are now (after wrapping and sharding: called when training begins)."""
+        assert self.prior is not None  # noqa: S101
+        self.prior_penalty = PriorPenalty(
+            self.prior,
+            self.model,
+            num_examples=self._num_examples(),
+            scale=self._prior_settings["prior_scale"],
+            rank=self._prior_settings["prior_rank"],
+            head_variance=self._prior_settings["prior_head_variance"],
+            **self._matching(),
+        )
+        return self.prior_penalty
+
+    def _num_examples(self) -> int:
+        given = self._prior_settings["prior_num_examples"]
+        if given is not None:
+            return int(given)
+        dataset = self.train_dataset
+        if dataset is None:
+            return 1  # nothing to train on: the prior is only bound to be looked at
+        try:
+            return len(dataset)
+        except TypeError:
+            raise ValueError(
+                "the training set has no length, so the N that the prior's penalty is divided by is not known. Pass "
+                "PriorTrainingArguments(prior_num_examples=...) with the number of different training examples (label tokens "
+                "for a loss that is a mean over tokens)."
+            ) from None
+
+    def _refuse_impossible_setups(self) -> None:
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise ValueError("DeepSpeed partitions gradients in its own engine, where the prior cannot add its own: use FSDP2.")
+        name = str(getattr(self.args.optim, "value", self.args.optim)).lower()
+        if name in ("lomo", "adalomo") or "layerwise" in name:
+            raise ValueError(
+                f"optim={name!r} updates the weights inside backward, before the prior's gradient is added: choose another."
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer; a fresh model starts from the prior's mean."""
+        model: nn.Module = super().call_model_init(trial)
+        if self.prior is not None and self._prior_settings["prior_initialize"]:
+            self.prior.initialize(model, **self._matching())
+        return model
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As Trainer, without the parameters that a prior holds already."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        if self.prior_penalty is None:
+            return names
+        canonical = raw_names(model)
+        return [name for name in names if canonical.get(name) not in self.prior_penalty.covered_names]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer; an optimizer that decays covered parameters is refused."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.prior_penalty is not None:
+            self._refuse_double_decay(optimizer)
+        return optimizer
+
+    def _refuse_double_decay(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.prior_penalty is not None  # noqa: S101
+        names = raw_names(self.model)
+        covered = {
+            id(p): names[raw] for raw, p in self.model.named_parameters() if names.get(raw) in self.prior_penalty.covered_names
+        }
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay", 0) or 0
+            decayed = [covered[id(p)] for p in group["params"] if id(p) in covered] if decay else []
+            if decayed:
+                raise ValueError(
+                    f"the optimizer decays {len(decayed)} parameters that are under the prior ({decayed[0]!r}, weight_decay="
+                    f"{decay}): they would be pulled to zero as well as to the prior's mean. Give them weight_decay=0 (note "
+                    "that torch.optim.AdamW decays by 0.01 unless told otherwise), or let PriorTrainer make the optimizer."
+                )
+
+    # --------------------------------------------------------------------------------------------------- the one seam
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer, then the prior's gradient / N into `p.grad`, once per optimizer step."""
+        if self.prior_penalty is None:
+            plain: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return plain
+        if not self._probed:
+            self._probed = True
+            self._refuse_unknown_n(inputs)
+            self._probe_loss_scaling(model, inputs, num_items_in_batch)
+        if self._ignores_item_count:
+            num_items_in_batch = None
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._nll_total = loss.detach().clone() if self._nll_total is None else self._nll_total + loss.detach()
+        if not self.accelerator.sync_gradients:
+            return loss
+        scaler = getattr(self.accelerator, "scaler", None)
+        factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        share = self.prior_penalty.add_gradient_(factor).to(device=loss.device, dtype=loss.dtype)
+        self._prior_total = share if self._prior_total is None else self._prior_total + share
+        self._prior_steps += 1
+        return loss + share
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer; beside `loss` stand `nll` and `prior_loss` (penalty / N), the means over the same steps."""
+        if "loss" in logs and self._prior_steps and self._nll_total is not None and self._prior_total is not None:
+            nll = self.accelerator.gather(self._nll_total.reshape(1)).mean().item()
+            logs["nll"] = nll / self._prior_steps
+            logs["prior_loss"] = self._prior_total.item() / self._prior_steps
+            self._reset_totals()
+        super().log(logs, *args, **kwargs)
+
+    def _reset_totals(self) -> None:
+        self._nll_total = self._prior_total = None
+        self._prior_steps = 0
+
+    def _begin(self) -> None:
+        """Training begins: the model is wrapped, sharded and resumed, the optimizer made."""
+        self._reset_totals()
+        self._probed = False
+        penalty = self._bind()
+        groups = getattr(self.optimizer, "param_groups", [])
+        rates = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in groups]
+        penalty.warn_if_unstable(max(rates, default=float(self.args.learning_rate)))
+
+    # ---------------------------------------------------------------------------------------------------------- checks
+
+    def _refuse_unknown_n(self, inputs: Mapping[str, Any]) -> None:
+        """A mean over tokens or pixels has another N than the number of examples, and only the user knows it."""
+        labels: Any = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        dense = isinstance(labels, Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
+        if dense and self._prior_settings["prior_num_examples"] is None:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}: the loss is a mean over tokens or pixels, so N is their number, "
+                "not the number of examples. Pass PriorTrainingArguments(prior_num_examples=...): the label tokens in the "
+                "training set (without ignored ones), or the images if each is to count as one observation."
+            )
+
+    @torch.no_grad()
+    def _probe_loss_scaling(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> None:
+        """Does the loss halve when num_items_in_batch doubles? If not, Trainer over-counts it, and the prior looks weak.
+
+        Many models accept the argument and ignore it; Trainer then neither divides by the accumulation steps nor averages
+        over ranks (transformers issue 47688).
+        """
+        windows = self.args.gradient_accumulation_steps * self.args.world_size
+        asked = self.model_accepts_loss_kwargs and self.compute_loss_func is None
+        decided = getattr(self, "loss_is_scaled_for_ga", None) is not None
+        if windows == 1 or not asked or decided or num_items is None:
+            return
+        training = model.training
+        prepared = self._prepare_inputs(inputs)
+        model.eval()
+        try:
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                once = self.compute_loss(model, dict(prepared), num_items_in_batch=num_items)
+                twice = self.compute_loss(model, dict(prepared), num_items_in_batch=2 * num_items)
+        finally:
+            model.train(training)
+        single, double = float(once.float().mean()), float(twice.float().mean())
+        if single == 0.0 or abs(double - single / 2) <= 1e-3 * abs(single):
+            return
+        self._ignores_item_count = True
+        self.model_accepts_loss_kwargs = False
+        warnings.warn(
+            f"{type(self.model).__name__} ignores num_items_in_batch, so Trainer would count its loss {windows} times "
+            "(gradient accumulation steps x processes) against one prior. Corrected: model_accepts_loss_kwargs=False.",
+            PriorWarning,
+            stacklevel=2,
+        )
+
+
+class _BindPrior(TrainerCallback):
+    """Binds the prior anew when training begins."""
+
+    def __init__(self, trainer: PriorTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del args, state, control, kwargs
+        self._trainer._begin()
+
+
+class PriorTrainer(PriorTrainerMixin, Trainer):
+    """The Hugging Face `Trainer` with a prior: `PriorTrainer(model=model, prior="org/name", args=..., ...)`."""

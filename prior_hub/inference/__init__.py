@@ -1,0 +1,1 @@
+"""The posterior downstream: samplers and averaging (not built yet; see CHANGELOG.md)."""

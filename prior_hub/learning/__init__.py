@@ -1,0 +1,1 @@
+"""How a prior is learned: SWAG while training, an isotropic one from a checkpoint."""

@@ -1,0 +1,118 @@
+"""BatchNorm statistics at other weights: the moving averages of training do not fit the SWA mean, nor any sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prior_hub.distributed import local_tensor
+from prior_hub.errors import PriorHubError
+from prior_hub.priors.matching import canonical_parameters, persistent_buffers
+
+__all__ = ["batch_norm_buffers", "has_batch_norm", "recompute_batch_norm"]
+
+
+def _normalisation_modules(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any module keeps running statistics."""
+    return bool(_normalisation_modules(model))
+
+
+def batch_norm_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name -> running_mean, running_var and num_batches_tracked of every module that keeps them."""
+    ids = {id(buffer) for module in _normalisation_modules(model) for buffer in module.buffers(recurse=False)}
+    return {name: buffer for name, buffer in persistent_buffers(model).items() if id(buffer) in ids}
+
+
+def recompute_batch_norm(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Running statistics of `model` at other weights, as equal-weight averages over batches.
+
+    The model is left exactly as it was: weights, statistics and modes are put back.
+
+    Args:
+        model: the model; only its BatchNorm modules are put into training mode, so that dropout stays off.
+        dataloader: batches of training data: dictionaries (passed as keywords), tuples (first element), or tensors.
+        parameters: canonical name -> (*shape), the weights to measure at (this rank's shard of sharded ones); the
+            model's own when None. Parameters not named stay as they are.
+        max_batches: stop after so many batches; all when None.
+        progress: show a progress bar.
+
+    Returns:
+        Canonical name -> buffer; empty for a model without running statistics.
+
+    Raises:
+        PriorHubError: the data loader gave no batch.
+    """
+    modules = _normalisation_modules(model)
+    if not modules:
+        return {}
+    own = canonical_parameters(model)
+    saved = {name: local_tensor(own[name]).detach().clone() for name in parameters or {}}
+    buffers = batch_norm_buffers(model)
+    statistics = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    modes = {module: module.training for module in model.modules()}
+    momenta = {module: module.momentum for module in modules}
+    device = next(iter(own.values())).device
+    seen = 0
+    try:
+        with torch.no_grad():
+            for name, value in (parameters or {}).items():
+                local_tensor(own[name]).copy_(value)
+            model.eval()
+            for module in modules:
+                module.reset_running_stats()
+                module.momentum = None  # None: the average over all batches
+                module.train()
+            bar = tqdm(dataloader, desc="BatchNorm statistics", total=_length(dataloader, max_batches), disable=not progress)
+            for batch in bar:
+                if max_batches is not None and seen >= max_batches:
+                    break
+                _forward(model, batch, device)
+                seen += 1
+            if not seen:
+                raise PriorHubError("the data loader gave no batch to recompute BatchNorm statistics from.")
+            return {name: buffer.detach().clone() for name, buffer in batch_norm_buffers(model).items()}
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                local_tensor(own[name]).copy_(value)
+            for name, buffer in batch_norm_buffers(model).items():
+                buffer.copy_(statistics[name])
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+
+
+def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, Mapping):
+        model(**{key: _moved(value, device) for key, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(_moved(batch[0], device))
+    else:
+        model(_moved(batch, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _length(dataloader: Iterable[Any], limit: int | None) -> int | None:
+    size = len(dataloader) if isinstance(dataloader, Sized) else None
+    if limit is None or size is None:
+        return limit if size is None else size
+    return min(size, limit)

@@ -1,0 +1,201 @@
+"""SwagCallback: learn a prior while any transformers `Trainer` trains."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prior_hub.distributed import is_sharded
+from prior_hub.errors import PriorHubError, PriorWarning
+from prior_hub.learning.batch_norm import has_batch_norm, recompute_batch_norm
+from prior_hub.learning.swag import SwagEstimator
+from prior_hub.model import PriorModel
+
+__all__ = ["SwagCallback"]
+
+_STATE_NAME = "swag_state.safetensors"
+
+
+class SwagCallback(TrainerCallback):
+    """Takes SWAG snapshots during training; `prior()` makes the prior afterwards.
+
+        callback = SwagCallback(rank=20, start=0.75, every_n_steps=50)
+        Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
+        callback.prior(base_model="org/name", dataset="cifar10").push_to_hub("me/name-prior")
+
+    SWAG needs weights that keep moving: use a constant learning rate from `start` on, a schedule that decays to zero
+    gives snapshots of one point. The state goes into every checkpoint as safetensors, and a run resumed from one gives
+    the same prior, bit for bit, as the uninterrupted run.
+
+    Args:
+        rank: K, how many of the last snapshots are kept as deviations.
+        start: first optimizer step to take snapshots after: a number of steps (int), or a share of training (float
+            below 1).
+        every_n_steps: optimizer steps between snapshots; None spreads max(2 rank, 30) snapshots over what is left after
+            `start`.
+        variance_floor: as `SwagEstimator`.
+        head: as `SwagEstimator`.
+        device: where snapshots are kept; the parameters' own device when None. "cpu" saves accelerator memory.
+        batch_norm: "recompute" runs the training data through the model at the mean when training ends; "last" stores
+            the statistics of the last snapshot.
+        batch_norm_batches: at most so many batches for that; all when None.
+        resume_from: folder with the state, if the checkpoint resumed from is not in `args.output_dir`.
+
+    Attributes:
+        estimator: the `SwagEstimator`.
+    """
+
+    def __init__(
+        self,
+        rank: int = 20,
+        *,
+        start: int | float = 0.5,
+        every_n_steps: int | None = None,
+        variance_floor: float = 1e-12,
+        head: str | Sequence[str] | None = "auto",
+        device: torch.device | str | None = None,
+        batch_norm: str = "recompute",
+        batch_norm_batches: int | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if isinstance(start, float) and not 0 <= start < 1:
+            raise ValueError(f"start is {start}: a float is a share of training, 0 <= start < 1; give steps as an int.")
+        if isinstance(start, int) and start < 0:
+            raise ValueError(f"start is {start}, expected 0 or more steps.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps is {every_n_steps}, expected 1 or more.")
+        if batch_norm not in ("recompute", "last"):
+            raise ValueError(f"batch_norm is {batch_norm!r}, expected 'recompute' or 'last'.")
+        self.estimator = SwagEstimator(rank, variance_floor=variance_floor, head=head, device=device)
+        self.start = start
+        self.every_n_steps = every_n_steps
+        self.batch_norm = batch_norm
+        self.batch_norm_batches = batch_norm_batches
+        self.resume_from = None if resume_from is None else Path(resume_from)
+        self._first = 0
+        self._interval = 1
+        self._buffers: dict[str, Tensor] | None = None
+        self._learning_rates: list[float] = []
+
+    # ------------------------------------------------------------------------------------------------ Trainer's events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Reset, or read the state of the checkpoint that is resumed from."""
+        self._buffers = None
+        self._learning_rates = []
+        share = self.start if isinstance(self.start, float) else None
+        self._first = math.floor(share * state.max_steps) if share is not None else int(self.start)
+        left = max(state.max_steps - self._first, 1)
+        self._interval = self.every_n_steps or max(1, left // max(2 * self.estimator.rank, 30))
+        planned = (state.max_steps - self._first) // self._interval
+        if planned < max(2, self.estimator.rank):
+            warnings.warn(
+                f"{state.max_steps} steps with start={self.start} and every {self._interval} steps give {max(planned, 0)} "
+                f"snapshots, fewer than rank={self.estimator.rank}: start earlier, take them more often, or train longer.",
+                PriorWarning,
+                stacklevel=2,
+            )
+        self.estimator.reset()
+        if state.global_step > 0:
+            self._resume(args, state)
+        del control, model, kwargs
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        path = folder / _STATE_NAME
+        own = folder / _rank_name()
+        if own.is_file() or path.is_file():
+            self.estimator.load(own if own.is_file() else path)
+            return
+        if state.global_step > self._first:
+            raise PriorHubError(
+                f"training resumes at step {state.global_step}, after the first snapshot, but {path} is not there: the "
+                "checkpoint was written without SwagCallback or lies elsewhere. Pass SwagCallback(resume_from=folder)."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Take a snapshot when one is due."""
+        since = state.global_step - self._first
+        if since > 0 and since % self._interval == 0:
+            self.estimator.update(model)
+            scheduler = kwargs.get("lr_scheduler")
+            if scheduler is not None and hasattr(scheduler, "get_last_lr"):
+                self._learning_rates.append(float(max(scheduler.get_last_lr())))
+        del args, control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the state into the checkpoint that Trainer has just written."""
+        model = kwargs.get("model")
+        sharded = model is not None and any(is_sharded(p) for p in model.parameters())
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if (state.is_world_process_zero or sharded) and folder.is_dir():
+            self.estimator.save(folder / (_rank_name() if sharded else _STATE_NAME))
+        del control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Recompute BatchNorm statistics at the mean."""
+        loader = kwargs.get("train_dataloader")
+        if self.batch_norm == "recompute" and self.estimator.num_snapshots and has_batch_norm(model) and loader is not None:
+            with torch.random.fork_rng():  # the pass must not depend on how training was split into runs
+                torch.manual_seed(args.seed)
+                self._buffers = recompute_batch_norm(
+                    model,
+                    loader,
+                    parameters=self.estimator.mean(),
+                    max_batches=self.batch_norm_batches,
+                    progress=not args.disable_tqdm and state.is_local_process_zero,
+                )
+        if len(self._learning_rates) > 1 and self._learning_rates[-1] < 0.05 * self._learning_rates[0]:
+            warnings.warn(
+                f"the learning rate fell from {self._learning_rates[0]:.3g} to {self._learning_rates[-1]:.3g} while snapshots "
+                "were taken: the last ones are nearly one point, and the variances too small. Use "
+                "lr_scheduler_type='constant' or 'constant_with_warmup' for the source task.",
+                PriorWarning,
+                stacklevel=2,
+            )
+        del control
+
+    # ------------------------------------------------------------------------------------------------------- the prior
+
+    def prior(
+        self,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        estimator: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> PriorModel:
+        """The prior of the snapshots; arguments as `SwagEstimator.prior` (base_model, dataset, license, scale, ...).
+
+        Raises:
+            PriorNumericsError: fewer than two snapshots were taken.
+        """
+        schedule: dict[str, Any] = {"start_step": self._first, "every_n_steps": self._interval}
+        if self._learning_rates:
+            schedule["learning_rate"] = [self._learning_rates[0], self._learning_rates[-1]]
+        return self.estimator.prior(
+            buffers=self._buffers if buffers is None else buffers,
+            estimator={**schedule, **(estimator or {})},
+            **arguments,
+        )
+
+
+def _rank_name() -> str:
+    """One file per rank where parameters are sharded; ranks of DDP all read the one file."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return f"swag_state-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+    return _STATE_NAME

@@ -1,0 +1,80 @@
+"""The isotropic prior at the mean (L2-SP): a checkpoint and one variance. The strong, cheap rival of every learned prior.
+
+    Sigma = scale * variance * I        mean = the checkpoint
+
+Source: Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks"
+(arXiv 1802.01483), eq. 3, with alpha = N / (scale * variance) in their notation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from prior_hub.distributed import is_sharded
+from prior_hub.learning.batch_norm import batch_norm_buffers
+from prior_hub.model import PriorModel
+from prior_hub.priors.matching import canonical_parameters, head_parameter_names, tied_names
+
+__all__ = ["isotropic_prior"]
+
+
+def isotropic_prior(
+    source: nn.Module | PriorModel,
+    *,
+    variance: float = 1.0,
+    head: str | Sequence[str] | None = "auto",
+    **metadata: Any,
+) -> PriorModel:
+    """An isotropic Gaussian at the weights of a model, or at the mean of a prior.
+
+    Args:
+        source: a model (its head is left out), or a prior whose mean, names and buffers are taken.
+        variance: the one variance; `prior_scale` multiplies it.
+        head: as in `SwagEstimator`; not used for a prior.
+        **metadata: fields of `PriorConfig`, such as base_model or license.
+
+    Raises:
+        ValueError: `variance` is not positive.
+        PriorMatchError: the head cannot be told.
+    """
+    if not variance > 0:
+        raise ValueError(f"variance is {variance}, expected a number > 0.")
+    if isinstance(source, PriorModel):
+        known = source.config
+        mean, buffers = source.mean, source.buffers
+        facts: dict[str, Any] = {
+            "head_parameters": known.head_parameters,
+            "tied_parameters": known.tied_parameters,
+            "base_model": known.base_model,
+            "base_model_revision": known.base_model_revision,
+            "model_type": known.model_type,
+            "source": known.source,
+            "license": known.license,
+        }
+    else:
+        outside = head_parameter_names(source, head)
+        parameters = {n: p for n, p in canonical_parameters(source).items() if n not in set(outside)}
+        if any(is_sharded(p) for p in parameters.values()):
+            raise NotImplementedError("make the isotropic prior before the model is sharded.")
+        kept = {n: p.detach().to("cpu", torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
+        mean = {n: t.clone().contiguous() for n, t in kept.items()}
+        buffers = {n: b.detach().cpu().clone() for n, b in batch_norm_buffers(source).items()}
+        config = getattr(source, "config", None)
+        facts = {
+            "head_parameters": tuple(outside),
+            "tied_parameters": {a: n for a, n in tied_names(source).items() if n in mean},
+            "base_model": getattr(config, "_name_or_path", None) or None,
+            "base_model_revision": getattr(config, "_commit_hash", None),
+            "model_type": getattr(config, "model_type", None) or type(source).__name__,
+        }
+    facts["estimator"] = {"name": "isotropic", "variance": float(variance)}
+    return PriorModel.from_tensors(
+        mean,
+        {name: torch.full_like(tensor, variance) for name, tensor in mean.items()},
+        buffers=buffers,
+        **(facts | metadata),
+    )

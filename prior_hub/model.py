@@ -1,0 +1,475 @@
+"""`PriorModel`: the object users hold. It joins what a prior is (priors/) with where priors live (registry/)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prior_hub import __version__
+from prior_hub.distributed import copy_full_
+from prior_hub.errors import PriorFormatError, PriorMatchError, PriorNotFoundError
+from prior_hub.priors.config import PriorConfig
+from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
+from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers
+from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_prior, write_prior
+from prior_hub.registry.card import render_card, update_card
+from prior_hub.registry.hub import PushResult, download_prior, upload_prior
+
+__all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
+
+
+class PriorModel:
+    """A pre-trained prior: a Gaussian over named weights, its configuration, and BatchNorm buffers.
+
+        prior = PriorModel.from_pretrained("org/resnet50-simclr-prior")
+        print(prior.match(model))
+        prior.initialize(model)            # start at the prior's mean
+        loss = nll + prior.penalty(model) / num_examples
+
+    It is immutable: `rescaled` and `truncated` return new objects that share the tensors. To train with a prior use
+    `PriorTrainer`, or `PriorPenalty` in a loop of your own; both keep what `penalty(model)` works out each time.
+
+    Attributes:
+        gaussian: the maths, `LowRankGaussian`.
+        config: `PriorConfig`.
+        buffers: name -> tensor, BatchNorm statistics that go with the mean.
+        repo_id: where it was loaded from, None for a local folder.
+        commit_hash: the commit it was loaded from.
+    """
+
+    def __init__(
+        self,
+        gaussian: LowRankGaussian,
+        config: PriorConfig,
+        buffers: Mapping[str, Tensor] | None = None,
+        *,
+        repo_id: str | None = None,
+        commit_hash: str | None = None,
+    ) -> None:
+        self.gaussian = gaussian
+        self.config = config
+        self.buffers = dict(buffers or {})
+        self.repo_id = repo_id
+        self.commit_hash = commit_hash
+
+    # ------------------------------------------------------------------------------------------------------- creation
+
+    @classmethod
+    def from_tensors(
+        cls,
+        mean: Mapping[str, Tensor],
+        variance: Mapping[str, Tensor],
+        deviations: Mapping[str, Tensor] | None = None,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        scale: float = 1.0,
+        diagonal_weight: float | None = None,
+        low_rank_weight: float | None = None,
+        eps: float = 0.0,
+        **metadata: Any,
+    ) -> PriorModel:
+        """A prior from its numbers.
+
+        Args:
+            mean: name -> (*shape), float32 or float64.
+            variance: name -> (*shape), positive.
+            deviations: name -> (K, *shape), most recent snapshot first; also bfloat16 or float16.
+            buffers: name -> tensor, BatchNorm statistics.
+            scale: multiplies variances and deviations.
+            diagonal_weight: SWAG's for K when None.
+            low_rank_weight: SWAG's for K when None.
+            eps: added to the diagonal.
+            **metadata: further fields of `PriorConfig`, such as base_model, source, license.
+
+        Raises:
+            PriorMatchError: names or shapes disagree.
+            PriorNumericsError: NaN, infinities, or variances that are not positive.
+            PriorFormatError: a field of the configuration is not valid, or tensors of one kind differ in type.
+        """
+        weights = {"scale": scale, "diagonal_weight": diagonal_weight, "low_rank_weight": low_rank_weight, "eps": eps}
+        gaussian = LowRankGaussian(mean, variance, deviations, **weights)  # type: ignore[arg-type]
+        gaussian.check()
+        config = PriorConfig(
+            parameters={name: tuple(t.shape) for name, t in gaussian.mean.items()},
+            rank=gaussian.rank,
+            scale=gaussian.scale,
+            diagonal_weight=gaussian.diagonal_weight,
+            low_rank_weight=gaussian.low_rank_weight,
+            eps=gaussian.eps,
+            dtype=_dtypes(gaussian),
+            buffers=tuple(buffers or ()),
+            prior_hub_version=__version__,
+            libraries=metadata.pop("libraries", None) or library_versions(),
+            **metadata,
+        )
+        return cls(gaussian, config, buffers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_prior_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        rank: int | None = None,
+        scale: float | None = None,
+        verify: bool = True,
+    ) -> PriorModel:
+        """Load a prior from a local folder or from the Hub; a folder of that name wins, as everywhere on the Hub.
+
+        Args:
+            pretrained_prior_name_or_path: "organisation/name", or a folder.
+            revision: branch, tag or commit; resolved once, and every file is taken from that commit.
+            subfolder: folder inside the repository or the local folder.
+            token: an access token; the logged-in one when None, none when False.
+            cache_dir: where downloads are kept.
+            local_files_only: use the cache only.
+            force_download: download again even if cached.
+            rank: read only this many deviations (the most recent snapshots).
+            scale: use this scale instead of the stored one.
+            verify: compare every file with its sha256 and refuse NaN and infinities; reads each byte once.
+
+        Raises:
+            PriorNotFoundError: no such folder, repository, revision, or no prior in it.
+            PriorAccessError: the token is wrong or not enough.
+            PriorConnectionError: the Hub cannot be reached, and nothing is cached.
+            PriorFormatError: truncated, altered, hostile, or too new.
+            PriorNumericsError: NaN, infinities, or variances that are not positive.
+        """
+        name = os.fspath(pretrained_prior_name_or_path)
+        path = Path(name).expanduser()
+        repo_id = commit = None
+        if path.is_dir():
+            folder = path / subfolder if subfolder else path
+            stored = read_prior(folder, rank=rank, verify=verify)
+        else:
+            if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+                raise PriorNotFoundError(f"{name} is not a folder, and not a name on the Hub ('organisation/name').")
+            if path.is_file():
+                raise PriorNotFoundError(f"{name} is a file. Name the folder that holds prior_config.json.")
+            options: dict[str, Any] = {
+                "revision": revision,
+                "subfolder": subfolder,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+            }
+            downloaded = download_prior(name, force_download=force_download, **options)
+            repo_id, commit = name, downloaded.commit_hash
+            try:
+                stored = read_prior(downloaded.folder, rank=rank, verify=verify)
+            except PriorFormatError:
+                if local_files_only or force_download:
+                    raise
+                # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
+                downloaded = download_prior(name, force_download=True, **(options | {"revision": commit}))
+                stored = read_prior(downloaded.folder, rank=rank, verify=verify)
+        prior = cls._from_stored(stored, rank, repo_id, commit, verify)
+        return prior if scale is None else prior.rescaled(scale)
+
+    @classmethod
+    def _from_stored(
+        cls, stored: StoredPrior, rank: int | None, repo_id: str | None, commit: str | None, verify: bool
+    ) -> PriorModel:
+        config = stored.config
+        if rank is not None and rank < config.rank:
+            weights = truncated_weights(config.rank, rank, config.diagonal_weight, config.low_rank_weight)
+            config = config.replace(rank=rank, diagonal_weight=weights[0], low_rank_weight=weights[1], weight_files={})
+        gaussian = LowRankGaussian(
+            stored.mean,
+            stored.variance,
+            stored.deviations,
+            scale=config.scale,
+            diagonal_weight=config.diagonal_weight,
+            low_rank_weight=config.low_rank_weight,
+            eps=config.eps,
+        )
+        if verify:
+            gaussian.check_positive()
+        return cls(gaussian, config, stored.buffers, repo_id=repo_id, commit_hash=commit)
+
+    # ----------------------------------------------------------------------------------------------------- the numbers
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """name -> (*shape)."""
+        return self.gaussian.mean
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """name -> (*shape), before scale and weight."""
+        return self.gaussian.variance
+
+    @property
+    def deviations(self) -> dict[str, Tensor]:
+        """name -> (K, *shape), most recent snapshot first; empty for a diagonal prior."""
+        return self.gaussian.deviations
+
+    @property
+    def rank(self) -> int:
+        """K, the number of deviations."""
+        return self.gaussian.rank
+
+    @property
+    def scale(self) -> float:
+        """The factor on variances and deviations."""
+        return self.gaussian.scale
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of values under the prior."""
+        return self.gaussian.num_parameters
+
+    def penalty(self, theta: nn.Module | Mapping[str, Tensor], **matching: Any) -> Tensor:
+        """1/2 (theta - mean)^T Sigma^-1 (theta - mean) in nats, a 0-d float64 tensor, differentiable once.
+
+        Args:
+            theta: a model (matched as `match` does; parameters it lacks are marginalised), or name -> tensor.
+            **matching: passed to `match`.
+        """
+        gaussian, values = self._bound(theta, matching)
+        return gaussian.penalty(values)
+
+    def log_prob(self, theta: nn.Module | Mapping[str, Tensor], **matching: Any) -> Tensor:
+        """log N(theta; mean, Sigma) in nats, normalised; arguments as `penalty`."""
+        gaussian, values = self._bound(theta, matching)
+        return gaussian.log_prob(values)
+
+    def sample(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """One draw of the weights: name -> (*shape)."""
+        return self.gaussian.sample(generator=generator)
+
+    def rescaled(self, scale: float) -> PriorModel:
+        """The same prior with `scale` in place of its own; shares all tensors."""
+        return self._with(self.gaussian.rescaled(scale))
+
+    def truncated(self, rank: int) -> PriorModel:
+        """The prior the estimator would have given with this `rank`: the most recent deviations, re-weighted."""
+        return self._with(self.gaussian.truncated(rank))
+
+    def astype(self, *, deviations: torch.dtype) -> PriorModel:
+        """The same prior with its deviations stored in another type (torch.bfloat16: half the bytes)."""
+        rows = {name: tensor.to(deviations) for name, tensor in self.deviations.items()}
+        return self._with(self.gaussian._with(deviations=rows))
+
+    def _with(self, gaussian: LowRankGaussian) -> PriorModel:
+        config = self.config.replace(
+            rank=gaussian.rank,
+            scale=gaussian.scale,
+            diagonal_weight=gaussian.diagonal_weight,
+            low_rank_weight=gaussian.low_rank_weight,
+            dtype=_dtypes(gaussian),
+            weight_files={},
+        )
+        return PriorModel(gaussian, config, self.buffers, repo_id=self.repo_id, commit_hash=self.commit_hash)
+
+    # -------------------------------------------------------------------------------------------------- with a model
+
+    def match(
+        self,
+        model: nn.Module,
+        *,
+        name_map: NameMap | None = None,
+        include_head: bool = False,
+        on_mismatch: str = "error",
+        min_coverage: float = 0.5,
+    ) -> Match:
+        """Which parameters of `model` are under this prior; print it. Arguments and errors as `match_names`."""
+        return match_parameters(
+            self.config.parameters,
+            model,
+            head_parameters=self.config.head_parameters,
+            tied_parameters=self.config.tied_parameters,
+            name_map=name_map,
+            include_head=include_head,
+            on_mismatch=on_mismatch,
+            min_coverage=min_coverage,
+        )
+
+    def initialize(self, model: nn.Module, **matching: Any) -> Match:
+        """Set the matched parameters of `model` to the prior's mean and its BatchNorm buffers to the stored ones.
+
+        Args:
+            model: changed in place; sharded (DTensor) parameters too.
+            **matching: passed to `match`.
+
+        Returns:
+            The match; nothing is changed when it raises.
+        """
+        match = self.match(model, **matching)
+        parameters = canonical_parameters(model)
+        targets = persistent_buffers(model)
+        renamed = {match.rename(name): tensor for name, tensor in self.buffers.items()}
+        for name, target in targets.items():
+            if name in renamed and renamed[name].shape != target.shape:
+                raise PriorMatchError(
+                    f"buffer {name!r} has shape {tuple(target.shape)} in the model, {tuple(renamed[name].shape)} in the prior."
+                )
+        for name, target_name in match.pairs.items():
+            copy_full_(parameters[target_name], self.mean[name])
+        for name, target in targets.items():
+            if name in renamed:
+                copy_full_(target, renamed[name])
+        return match
+
+    def _bound(
+        self, theta: nn.Module | Mapping[str, Tensor], matching: Mapping[str, Any]
+    ) -> tuple[LowRankGaussian, dict[str, Tensor]]:
+        if not isinstance(theta, nn.Module):
+            return self.gaussian, dict(theta)
+        match = self.match(theta, **matching)
+        parameters = canonical_parameters(theta)
+        values = {name: parameters[target] for name, target in match.pairs.items()}
+        device = next(iter(values.values())).device
+        return self.gaussian.select(tuple(values)).to(device), values
+
+    # --------------------------------------------------------------------------------------------------------- storing
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push_arguments: Any,
+    ) -> PushResult | None:
+        """Write the prior and its card into a folder, atomically: a crash leaves the old prior or the new one.
+
+        Args:
+            save_directory: created if missing; other files in it stay, and so does a person's text in its README.md.
+            max_shard_size: bytes or a text such as "5GB"; larger priors are written in several files.
+            push_to_hub: also push the folder; `repo_id` is the folder's name when None.
+            repo_id: name on the Hub.
+            **push_arguments: passed to `push_to_hub`.
+
+        Raises:
+            PriorNumericsError: NaN or infinities; nothing is written.
+            OSError: the disk is full or not writable; nothing is lost.
+        """
+        folder = Path(save_directory)
+        self.gaussian.check_positive()
+        card_path = folder / CARD_NAME
+        existing = card_path.read_text(encoding="utf-8") if card_path.is_file() else None
+        card = update_card(existing, render_card(self.config, repo_id=repo_id))
+        self._write(folder, card, max_shard_size)
+        if not push_to_hub:
+            return None
+        return upload_prior(folder, repo_id or folder.resolve().name, **push_arguments)
+
+    def _write(self, folder: Path, card: str, max_shard_size: int | str) -> PriorConfig:
+        tensors: dict[str, Tensor] = {}
+        for name in self.config.parameters:
+            tensors[f"mean.{name}"] = self.mean[name]
+            tensors[f"variance.{name}"] = self.variance[name]
+            if self.deviations:
+                tensors[f"deviations.{name}"] = self.deviations[name]
+        tensors |= {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
+        return write_prior(folder, self.config, tensors, max_shard_size=max_shard_size, extra_files={CARD_NAME: card})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        tag: str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> PushResult:
+        """Push the prior and its card in one commit; creates the repository if it is missing.
+
+        Args:
+            repo_id: "organisation/name", or "name" under your own account.
+            revision: branch to push to, created if missing; "main" when None.
+            subfolder: folder of the repository, so that a prior can live beside a model.
+            token: an access token; the logged-in one when None.
+            private: make a new repository private.
+            create_pr: open a pull request instead.
+            commit_message: first line of the commit.
+            commit_description: rest of the commit message.
+            tag: tag the commit ("v1.0"); refused before anything is pushed if it exists.
+            max_shard_size: as `save_pretrained`.
+
+        Raises:
+            PriorAccessError, PriorConnectionError, PriorNotFoundError, PriorHubError: see `upload_prior`.
+        """
+        with tempfile.TemporaryDirectory(prefix="prior-hub-push-") as folder:
+            self._write(Path(folder), render_card(self.config, repo_id=repo_id, subfolder=subfolder), max_shard_size)
+            return upload_prior(
+                folder,
+                repo_id,
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                tag=tag,
+            )
+
+    def card(self, *, repo_id: str | None = None) -> str:
+        """The text of the model card."""
+        return render_card(self.config, repo_id=repo_id or self.repo_id)
+
+    def __repr__(self) -> str:
+        base = f", base_model={self.config.base_model!r}" if self.config.base_model else ""
+        return (
+            f"PriorModel({self.num_parameters:,} values in {len(self.mean)} tensors, rank={self.rank}, "
+            f"scale={self.scale:g}{base})"
+        )
+
+
+def push_prior_to_hub(prior: PriorModel | str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushResult:
+    """Push a prior to the Hub in one commit, its card included.
+
+    Args:
+        prior: a `PriorModel`, or a folder that `save_pretrained` wrote (checked before anything is sent).
+        repo_id: "organisation/name".
+        **arguments: as `PriorModel.push_to_hub`; for a folder all but `max_shard_size`.
+
+    Returns:
+        Where it landed: commit URL and hash, pull request, tag.
+    """
+    if isinstance(prior, PriorModel):
+        return prior.push_to_hub(repo_id, **arguments)
+    read_prior(prior, verify=True)
+    return upload_prior(prior, repo_id, **arguments)
+
+
+def library_versions(extra: Sequence[str] = ()) -> dict[str, str]:
+    """Installed versions of the libraries a prior depends on, for its configuration."""
+    found = {}
+    for name in ("torch", "transformers", "timm", *extra):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _dtypes(gaussian: LowRankGaussian) -> dict[str, str]:
+    result: dict[str, str] = {}
+    for kind in ("mean", "variance", "deviations"):
+        found = {t.dtype for t in getattr(gaussian, kind).values()}
+        if len(found) > 1:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in found))
+            raise PriorFormatError(f"{kind} is stored in one type for all parameters, found {names}: convert them.")
+        result[kind] = str(found.pop()).removeprefix("torch.") if found else result.get("mean", "float32")
+    return result

@@ -1,0 +1,287 @@
+"""The schema of `prior_config.json`, format 1.0: everything about a prior except its numbers.
+
+Reading is strict about what decides a number (ranks, weights, shapes, types, hashes) and tolerant about what does not:
+an unknown key is kept out, warned about and named. A newer minor version warns, a newer major version is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prior_hub.errors import PriorFormatError, PriorWarning
+
+__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "PriorConfig", "parse_json"]
+
+FORMAT_VERSION = "1.0"
+CONFIG_NAME = "prior_config.json"
+FAMILY = "low_rank_gaussian"
+MAX_CONFIG_BYTES = 64 * 2**20
+WEIGHTS_PATTERN = re.compile(r"prior\.safetensors|prior-\d{5}-of-\d{5}\.safetensors")
+MEAN_DTYPES = ("float32", "float64")
+DEVIATION_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_MAX_ENTRIES = 2**53  # entries a shape may declare; beyond it products are no longer exact in JSON readers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """What a prior is and where it comes from.
+
+    Attributes:
+        parameters: name -> shape of every parameter under the prior, in stored order.
+        rank: K, the number of deviation rows.
+        scale: multiplies variances and deviations (not eps).
+        diagonal_weight: a in Sigma = scale (a diag(variance) + b D^T D) + eps I.
+        low_rank_weight: b in the same formula.
+        eps: added to the diagonal after scaling.
+        variance_floor: variances below it were raised to it when the prior was made.
+        num_snapshots: number of weight vectors the moments were taken over; None where there were none.
+        dtype: storage type of "mean", "variance" and "deviations".
+        head_parameters: names of the source task's head, which never bind to a model by default.
+        buffers: names of stored buffers (BatchNorm statistics).
+        tied_parameters: alias -> name in `parameters`, for weights the source model shares.
+        base_model: Hub name of the model whose weights the prior is over.
+        base_model_revision: its commit.
+        model_type: `config.model_type` or the class name of the source model.
+        source: the source task: "objective", "dataset", "dataset_license", and whatever else describes it.
+        estimator: "name" and the arguments it ran with, "batch_norm" among them.
+        license: Hub licence identifier of the prior.
+        libraries: versions of the libraries the prior was made with.
+        weight_files: file name -> sha256 of every weight file; filled in by the writer.
+    """
+
+    parameters: Mapping[str, tuple[int, ...]]
+    rank: int
+    scale: float = 1.0
+    diagonal_weight: float
+    low_rank_weight: float
+    eps: float = 0.0
+    variance_floor: float = 0.0
+    num_snapshots: int | None = None
+    dtype: Mapping[str, str] = field(
+        default_factory=lambda: {"mean": "float32", "variance": "float32", "deviations": "float32"}
+    )
+    head_parameters: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    tied_parameters: Mapping[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    model_type: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    estimator: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    weight_files: Mapping[str, str] = field(default_factory=dict)
+    family: str = FAMILY
+    format_version: str = FORMAT_VERSION
+    prior_hub_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.family != FAMILY:
+            raise PriorFormatError(f"family is {self.family!r}; this version knows {FAMILY!r} only.")
+        for name in ("scale", "diagonal_weight", "low_rank_weight", "eps", "variance_floor"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value) or value < 0 or (name == "scale" and value == 0):
+                wanted = "> 0" if name == "scale" else ">= 0"
+                raise PriorFormatError(f"{name} is {value!r}, expected a finite number {wanted}.")
+            object.__setattr__(self, name, float(value))
+        if not _is_int(self.rank) or self.rank < 0:
+            raise PriorFormatError(f"rank is {self.rank!r}, expected an integer >= 0.")
+        if self.num_snapshots is not None and (not _is_int(self.num_snapshots) or self.num_snapshots < 0):
+            raise PriorFormatError(f"num_snapshots is {self.num_snapshots!r}, expected an integer >= 0 or null.")
+        object.__setattr__(self, "parameters", _checked_shapes(self.parameters))
+        _check_dtypes(self.dtype)
+        for name in ("head_parameters", "buffers"):
+            object.__setattr__(self, name, _checked_names(name, getattr(self, name)))
+        for alias, target in self.tied_parameters.items():
+            if target not in self.parameters:
+                raise PriorFormatError(f"tied_parameters maps {alias!r} to {target!r}, which is not in parameters.")
+        for file, digest in self.weight_files.items():
+            check_weight_file_name(file)
+            if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+                raise PriorFormatError(f"weight_files gives {file!r} the hash {digest!r}, expected 64 hex digits.")
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of values under the prior."""
+        return sum(math.prod(shape) for shape in self.parameters.values())
+
+    def replace(self, **changes: Any) -> PriorConfig:
+        """A checked copy with `changes`."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The text of prior_config.json: indented, keys in schema order, newline at the end."""
+        values = dataclasses.asdict(self) | {"num_parameters": self.num_parameters}
+        order = ["format_version", "prior_hub_version", "family", "rank", "scale", "diagonal_weight", "low_rank_weight"]
+        order += ["eps", "variance_floor", "num_snapshots", "num_parameters", "dtype", "base_model"]
+        order += ["base_model_revision", "model_type", "license", "source", "estimator", "libraries", "weight_files"]
+        order += ["head_parameters", "buffers", "tied_parameters", "parameters"]
+        try:
+            return json.dumps({key: values[key] for key in order}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise PriorFormatError(
+                f"source or estimator holds a value JSON cannot: {error}. Use strings, numbers, lists and dictionaries."
+            ) from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str = CONFIG_NAME) -> PriorConfig:
+        """Parse and check the text of a prior_config.json; `where` names it in errors.
+
+        Raises:
+            PriorFormatError: not JSON, not a prior's configuration, inconsistent, or of a newer major version.
+        """
+        raw = parse_json(text, where=where)
+        if not isinstance(raw, dict) or "format_version" not in raw:
+            raise PriorFormatError(f"{where} is no prior configuration: it has no 'format_version'.")
+        _check_version(raw["format_version"], where)
+        known = {f.name for f in dataclasses.fields(cls)} | {"num_parameters"}
+        unknown = sorted(raw.keys() - known)
+        if unknown:
+            warnings.warn(
+                f"{where} has keys this version of prior_hub does not know, and ignores: {', '.join(unknown)} "
+                f"(format {raw['format_version']}, this is {FORMAT_VERSION}). Upgrade prior_hub if they matter.",
+                PriorWarning,
+                stacklevel=2,
+            )
+        declared = raw.get("num_parameters")
+        values = {key: value for key, value in raw.items() if key in known and key != "num_parameters"}
+        missing = sorted({"parameters", "rank", "diagonal_weight", "low_rank_weight"} - values.keys())
+        if missing:
+            raise PriorFormatError(f"{where} lacks {', '.join(missing)}.")
+        for key, kind in _TYPES.items():
+            if key in values and not isinstance(values[key], kind):
+                raise PriorFormatError(f"{where}: {key} is {type(values[key]).__name__}, expected {_type_name(kind)}.")
+        try:
+            config = cls(**values)
+        except PriorFormatError as error:
+            raise PriorFormatError(f"{where}: {error}") from error
+        if declared is not None and declared != config.num_parameters:
+            raise PriorFormatError(
+                f"{where}: num_parameters is {declared}, but the shapes under 'parameters' make {config.num_parameters}."
+            )
+        return config
+
+
+def parse_json(text: str | bytes, *, where: str) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, bounded size and depth.
+
+    Raises:
+        PriorFormatError: anything else.
+    """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise PriorFormatError(f"{where} has {len(text)} bytes, more than the {MAX_CONFIG_BYTES} a prior's may have.")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise PriorFormatError(f"{where} gives {', '.join(twice[:5])} more than once.")
+        return result
+
+    def no_constant(name: str) -> Any:
+        raise PriorFormatError(f"{where} contains {name}, which is not JSON.")
+
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=unique, parse_constant=no_constant)
+    except PriorFormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PriorFormatError(f"{where} is not valid JSON ({error}); it may be truncated: fetch it again.") from error
+
+
+def check_weight_file_name(name: str) -> None:
+    """Refuse any weight file name but those the format defines, so that no name can leave the prior's folder."""
+    if not isinstance(name, str) or not WEIGHTS_PATTERN.fullmatch(name):
+        raise PriorFormatError(
+            f"{name!r} is no name for a prior's weights: expected prior.safetensors or prior-00001-of-0000N.safetensors."
+        )
+
+
+_TYPES: dict[str, Any] = {
+    "parameters": dict,
+    "dtype": dict,
+    "tied_parameters": dict,
+    "source": dict,
+    "estimator": dict,
+    "libraries": dict,
+    "weight_files": dict,
+    "head_parameters": list,
+    "buffers": list,
+    "family": str,
+    "base_model": (str, type(None)),
+    "base_model_revision": (str, type(None)),
+    "model_type": (str, type(None)),
+    "license": (str, type(None)),
+    "prior_hub_version": (str, type(None)),
+}
+
+
+def _type_name(kind: Any) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return " or ".join(names[k] for k in kinds)
+
+
+def _check_version(version: Any, where: str) -> None:
+    match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
+    if match is None:
+        raise PriorFormatError(f"{where}: format_version is {version!r}, expected one like {FORMAT_VERSION!r}.")
+    major, minor = int(match[1]), int(match[2])
+    own_major, own_minor = (int(part) for part in FORMAT_VERSION.split("."))
+    if major != own_major:
+        raise PriorFormatError(
+            f"{where} is of format {version}; this version of prior_hub reads {own_major}.x. Upgrade prior_hub."
+        )
+    if minor > own_minor:
+        warnings.warn(
+            f"{where} is of format {version}, newer than {FORMAT_VERSION}: what is new in it is ignored.",
+            PriorWarning,
+            stacklevel=3,
+        )
+
+
+def _checked_shapes(parameters: Any) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for name, shape in parameters.items():
+        if not isinstance(name, str) or not name:
+            raise PriorFormatError(f"parameters has the name {name!r}, expected a non-empty string.")
+        if not isinstance(shape, (list, tuple)) or not all(_is_int(n) and n >= 0 for n in shape):
+            raise PriorFormatError(f"parameters gives {name!r} the shape {shape!r}, expected a list of integers >= 0.")
+        total += math.prod(shape)
+        if len(shape) > 64 or total > _MAX_ENTRIES:
+            raise PriorFormatError(f"parameters declares an impossible size at {name!r}: shape {list(shape)[:8]}.")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def _check_dtypes(dtype: Mapping[str, Any]) -> None:
+    wanted = {"mean": MEAN_DTYPES, "variance": MEAN_DTYPES, "deviations": DEVIATION_DTYPES}
+    for kind, allowed in wanted.items():
+        if dtype.get(kind) not in allowed:
+            raise PriorFormatError(f"dtype of {kind} is {dtype.get(kind)!r}, expected one of {', '.join(allowed)}.")
+
+
+def _checked_names(what: str, names: Any) -> tuple[str, ...]:
+    if not all(isinstance(name, str) and name for name in names):
+        raise PriorFormatError(f"{what} holds something that is not a name.")
+    if len(set(names)) != len(names):
+        raise PriorFormatError(f"{what} names something twice.")
+    return tuple(names)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

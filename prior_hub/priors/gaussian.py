@@ -1,0 +1,495 @@
+"""Low-rank-plus-diagonal Gaussian over named parameters.
+
+    theta[p], mean[p], variance[p]: (*shape_p)        deviations[p]: (K, *shape_p), row k = snapshot_k - final mean
+    A     = scale * diagonal_weight * variance + eps                                  (*shape_p), the diagonal
+    U     = sqrt(scale * low_rank_weight) * D^T                                       (P, K)
+    Sigma = A + U U^T
+    penalty(theta) = 1/2 (theta - mean)^T Sigma^-1 (theta - mean)                     nats
+
+The penalty is evaluated as a sum of squares,
+
+    z = (I + U^T A^-1 U)^-1 U^T A^-1 delta      r = delta - U z
+    penalty = 1/2 (|A^-1/2 r|^2 + |z|^2)        gradient = A^-1 r
+
+and never as Woodbury's difference delta^T A^-1 delta - |...|^2, whose two terms agree in most of their digits when the
+deviations explain delta. As a function of z the sum of squares has its minimum at the exact z, so that rounding errors in
+z enter the value only in second order. Elementwise work is float32 (float64 if the parameters are), in blocks that stay
+in cache; K-vectors, the K x K factor and all sums over blocks are float64.
+
+Source: Shwartz-Ziv et al. 2022 (arXiv 2205.10279), section 3; Maddox et al. 2019 (arXiv 1902.02476), eq. 5-6 for the
+SWAG weights diagonal_weight = 1/2, low_rank_weight = 1/(2(K-1)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prior_hub.errors import PriorMatchError, PriorNumericsError
+
+__all__ = ["LowRankGaussian", "swag_weights"]
+
+_CPU_BLOCK = 1 << 16  # entries; 256 kB of float32 per row stays in a core's second-level cache
+_DEVICE_BLOCK = 1 << 24  # on accelerators: few large kernels, temporaries bounded at 64 MB per row
+
+
+def swag_weights(rank: int) -> tuple[float, float]:
+    """(diagonal_weight, low_rank_weight) of SWAG's Gaussian with `rank` deviations; (1, 0) below two deviations."""
+    return (0.5, 0.5 / (rank - 1)) if rank >= 2 else (1.0, 0.0)
+
+
+class LowRankGaussian:
+    """N(mean, Sigma) over named tensors; immutable, shares the memory of the tensors it is given.
+
+    Args:
+        mean: name -> (*shape).
+        variance: name -> (*shape), positive (zero is allowed where `eps` > 0).
+        deviations: name -> (K, *shape), the same K for all; `None` or empty for a diagonal Gaussian.
+        scale: multiplies variances and deviations, not `eps`.
+        diagonal_weight: weight of `variance` in the diagonal; SWAG's for K when None.
+        low_rank_weight: weight of the deviations' outer products; SWAG's for K when None.
+        eps: added to the diagonal after scaling.
+        contributions: for sharded tensors, name -> weight of this rank's sums (1 / replicas); None on one process.
+        sum_over_ranks: for sharded tensors, the in-place sum of a small float tensor over all ranks.
+
+    Raises:
+        PriorMatchError: names, shapes or ranks disagree.
+        PriorNumericsError: scale, weights or eps are not finite, or negative.
+    """
+
+    def __init__(
+        self,
+        mean: Mapping[str, Tensor],
+        variance: Mapping[str, Tensor],
+        deviations: Mapping[str, Tensor] | None = None,
+        *,
+        scale: float = 1.0,
+        diagonal_weight: float | None = None,
+        low_rank_weight: float | None = None,
+        eps: float = 0.0,
+        contributions: Mapping[str, float] | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.mean = dict(mean)
+        self.variance = dict(variance)
+        self.deviations = dict(deviations or {})
+        self.rank = _check_layout(self.mean, self.variance, self.deviations)
+        if self.rank == 0:
+            self.deviations = {}
+        default_diagonal, default_low_rank = swag_weights(self.rank)
+        self.scale = float(scale)
+        self.diagonal_weight = float(default_diagonal if diagonal_weight is None else diagonal_weight)
+        self.low_rank_weight = float(default_low_rank if low_rank_weight is None else low_rank_weight)
+        self.eps = float(eps)
+        for name, positive in (("scale", True), ("diagonal_weight", False), ("low_rank_weight", False), ("eps", False)):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                wanted = "a finite number > 0" if positive else "a finite number >= 0"
+                raise PriorNumericsError(f"{name} is {value}, expected {wanted}. For no prior at all pass prior=None.")
+        self._contributions = None if contributions is None else dict(contributions)
+        self._sum = sum_over_ranks
+        self._factor: Tensor | None = None
+
+    # ---------------------------------------------------------------------------------------------- shape and views
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameter names, in stored order."""
+        return tuple(self.mean)
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of values under the Gaussian (on this rank)."""
+        return sum(t.numel() for t in self.mean.values())
+
+    def _with(self, **changes: Any) -> LowRankGaussian:
+        settings: dict[str, Any] = {
+            "mean": self.mean,
+            "variance": self.variance,
+            "deviations": self.deviations,
+            "scale": self.scale,
+            "diagonal_weight": self.diagonal_weight,
+            "low_rank_weight": self.low_rank_weight,
+            "eps": self.eps,
+            "contributions": self._contributions,
+            "sum_over_ranks": self._sum,
+        }
+        return LowRankGaussian(**(settings | changes))
+
+    def rescaled(self, scale: float) -> LowRankGaussian:
+        """The same Gaussian with `scale` in place of its own (not multiplied to it); shares all tensors."""
+        return self._with(scale=scale)
+
+    def select(self, names: list[str] | tuple[str, ...]) -> LowRankGaussian:
+        """The marginal over `names`: all other rows are dropped before the K x K matrix is made."""
+        return self._with(
+            mean={n: self.mean[n] for n in names},
+            variance={n: self.variance[n] for n in names},
+            deviations={n: self.deviations[n] for n in names} if self.deviations else {},
+            low_rank_weight=self.low_rank_weight,
+        )
+
+    def truncated(self, rank: int) -> LowRankGaussian:
+        """Keep the first `rank` deviations (the most recent snapshots), re-weighted as the estimator would have.
+
+        The weight of an outer product is proportional to 1/(K-1), so it is multiplied by (K-1)/(rank-1). Below two
+        deviations there is no low-rank part, and a Gaussian with SWAG's own weights gives all variance to the diagonal.
+
+        Raises:
+            ValueError: `rank` is negative or above the rank there is.
+        """
+        if not 0 <= rank <= self.rank:
+            raise ValueError(f"rank {rank} is not between 0 and the prior's own rank {self.rank}.")
+        if rank == self.rank:
+            return self
+        diagonal, low_rank = truncated_weights(self.rank, rank, self.diagonal_weight, self.low_rank_weight)
+        kept = {name: rows[:rank] for name, rows in self.deviations.items()} if rank else {}
+        return self._with(deviations=kept, diagonal_weight=diagonal, low_rank_weight=low_rank)
+
+    def to(self, device: torch.device | str) -> LowRankGaussian:
+        """The same Gaussian with its tensors on `device`, in their own types."""
+        return self._with(
+            mean={n: t.to(device) for n, t in self.mean.items()},
+            variance={n: t.to(device) for n, t in self.variance.items()},
+            deviations={n: t.to(device) for n, t in self.deviations.items()},
+        )
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def penalty(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """1/2 (theta - mean)^T Sigma^-1 (theta - mean), in nats: a 0-d float64 tensor, differentiable in `theta`.
+
+        Args:
+            theta: name -> (*shape) for every name of the Gaussian; other names are ignored.
+
+        Raises:
+            PriorMatchError: a name is missing or a shape differs.
+        """
+        tensors = [theta[name] for name in self._checked_names(theta)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            value: Tensor = _PenaltyFunction.apply(self, *tensors)
+            return value
+        return self._evaluate(dict(zip(self.names, tensors, strict=True)), None)
+
+    def penalty_and_gradient(self, theta: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalty (0-d float64, nats) and its gradient Sigma^-1 (theta - mean), name -> (*shape), without autograd."""
+        gradient: dict[str, Tensor] = {}
+
+        def keep(name: str, start: int, stop: int, values: Tensor) -> None:
+            if name not in gradient:
+                gradient[name] = torch.empty(theta[name].shape, dtype=values.dtype, device=values.device)
+            gradient[name].view(-1)[start:stop] = values
+
+        self._checked_names(theta)
+        with torch.no_grad():
+            value = self._evaluate(theta, keep)
+        for name in self.names:  # tensors without entries (an empty shard) have no block
+            gradient.setdefault(name, torch.zeros_like(theta[name], requires_grad=False))
+        return value, gradient
+
+    def add_gradient_(self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], factor: float | Tensor) -> Tensor:
+        """Add `factor` * gradient to `into[name]` (*shape) in place, for the names in `into`; returns the penalty.
+
+        No gradient-sized temporary is made. Names of the Gaussian missing from `into` are conditioned on: they count in
+        the penalty and get no gradient.
+        """
+        self._checked_names(theta)
+        flat = {name: out.reshape(-1) for name, out in into.items()}  # a copy where `out` is not contiguous
+
+        def add(name: str, start: int, stop: int, values: Tensor) -> None:
+            if name in flat:
+                flat[name][start:stop] += (values * factor).to(flat[name].dtype)
+
+        with torch.no_grad():
+            value = self._evaluate(theta, add)
+            for name, out in into.items():
+                if not out.is_contiguous():  # e.g. channels_last gradients
+                    out.copy_(flat[name].view(out.shape))
+        return value
+
+    def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """log N(theta; mean, Sigma) in nats, normalised: a 0-d float64 tensor, differentiable in `theta`."""
+        return -self.penalty(theta) - 0.5 * (self.log_determinant() + self._total_entries() * math.log(2 * math.pi))
+
+    def log_determinant(self) -> Tensor:
+        """log |Sigma| in nats: sum log A + log |I + U^T A^-1 U|, a 0-d float64 tensor."""
+        device = self._device()
+        total = torch.zeros((), dtype=_accumulator(device), device=device)
+        for name in self.names:
+            weight = self._weight(name)
+            for start, stop in self._blocks(name):
+                total += weight * self._diagonal(name, start, stop, torch.float64).log().sum()
+        if self._sum is not None:
+            self._sum(total)
+        factor = self._cholesky()
+        if factor is not None:
+            total = total + 2 * factor.diagonal().log().sum()
+        return total
+
+    def sample(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """One draw: name -> (*shape), mean + A^1/2 noise + U noise_K.
+
+        The K-vector of noise is drawn once per sample and shared by every parameter tensor; drawing it per tensor would
+        lose the covariance between layers.
+        """
+        if self._sum is not None:
+            raise NotImplementedError("Sampling from a sharded Gaussian is not supported; sample from the full prior.")
+        device = generator.device if generator is not None else self._device()
+        low_rank = self._low_rank_scale()
+        shared = torch.randn(self.rank, dtype=torch.float64, device=device, generator=generator).to(self._device())
+        draw: dict[str, Tensor] = {}
+        for name, mean in self.mean.items():
+            dtype = torch.promote_types(mean.dtype, torch.float32)
+            noise = torch.randn(mean.shape, dtype=dtype, device=device, generator=generator).to(mean.device)
+            out = torch.empty(mean.numel(), dtype=dtype, device=mean.device)
+            for start, stop in self._blocks(name):
+                block = noise.reshape(-1)[start:stop] * self._diagonal(name, start, stop, dtype).sqrt()
+                if low_rank:
+                    block += (low_rank * shared).to(dtype) @ self._rows(name, start, stop, dtype)
+                out[start:stop] = mean.reshape(-1)[start:stop] + block
+            draw[name] = out.view(mean.shape)
+        return draw
+
+    def marginal_variance(self) -> dict[str, Tensor]:
+        """The diagonal of Sigma, name -> (*shape)."""
+        low_rank = self._low_rank_scale()
+        result: dict[str, Tensor] = {}
+        for name, mean in self.mean.items():
+            dtype = torch.promote_types(mean.dtype, torch.float32)
+            out = torch.empty(mean.numel(), dtype=dtype, device=mean.device)
+            for start, stop in self._blocks(name):
+                out[start:stop] = self._diagonal(name, start, stop, dtype)
+                if low_rank:
+                    out[start:stop] += (low_rank * self._rows(name, start, stop, dtype)).square().sum(0)
+            result[name] = out.view(mean.shape)
+        return result
+
+    def largest_precision(self, *, iterations: int = 20, seed: int = 0) -> float:
+        """The largest eigenvalue of Sigma^-1, by power iteration (from below; within a few per cent).
+
+        This is the stiffest curvature the penalty has: gradient descent on penalty / N is stable only while
+        learning rate * largest_precision / N < 2.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        vector = {name: self.mean[name] + self._unit_start(name, generator).to(self.mean[name].device) for name in self.names}
+        estimate = 0.0
+        for _ in range(iterations):
+            _, image = self.penalty_and_gradient(vector)
+            norm = self._norm(image)
+            if norm == 0.0:
+                return 0.0
+            estimate = norm / self._norm({n: vector[n] - self.mean[n] for n in self.names})
+            vector = {n: self.mean[n].double() + image[n].double() / norm for n in self.names}
+        return estimate
+
+    def _unit_start(self, name: str, generator: torch.Generator) -> Tensor:
+        """A start vector that leans to where the diagonal is small, so that few iterations are enough."""
+        mean = self.mean[name]
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+        diagonal = self._diagonal(name, 0, mean.numel(), torch.float64).view(mean.shape).cpu()
+        return noise / diagonal
+
+    def _norm(self, vectors: Mapping[str, Tensor]) -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        for name, vector in vectors.items():
+            total += self._weight(name) * vector.double().square().sum().cpu()
+        if self._sum is not None:
+            total = self._sum(total.to(self._device())).cpu()
+        return math.sqrt(total.item())
+
+    # -------------------------------------------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        """Read every value once.
+
+        Raises:
+            PriorNumericsError: a value is NaN or infinite, or an entry of the diagonal is not positive; names the
+                parameter and counts the entries.
+        """
+        for kind, tensors in (("mean", self.mean), ("variance", self.variance), ("deviations", self.deviations)):
+            for name, tensor in tensors.items():
+                check_finite(f"{kind} of {name!r}", tensor)
+        self.check_positive()
+
+    def check_positive(self) -> None:
+        """Raise `PriorNumericsError` if an entry of the diagonal A is not positive."""
+        for name, tensor in self.variance.items():
+            if not tensor.numel():
+                continue
+            bad = tensor < 0 if self.eps > 0 else tensor <= 0
+            if bad.any():
+                wrong = "< 0" if self.eps > 0 else "<= 0"
+                raise PriorNumericsError(
+                    f"variance of {name!r} has {int(bad.sum())} of {tensor.numel()} entries {wrong} (smallest "
+                    f"{tensor.min().item():.3e}). Parameters that never moved, or too few snapshots, give this: "
+                    "collect more, or pass variance_floor."
+                )
+
+    # ----------------------------------------------------------------------------------------------------- internals
+
+    def _evaluate(self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None) -> Tensor:
+        """The penalty; `emit(name, start, stop, values)` receives the gradient block by block, flat."""
+        device = self._device()
+        accumulator = _accumulator(device)
+        low_rank = self._low_rank_scale()
+        factor = self._cholesky()
+        z = torch.zeros(self.rank, dtype=accumulator, device=device)
+        if factor is not None:
+            for name in self.names:
+                weight, flat = self._weight(name), theta[name].detach().reshape(-1)
+                for start, stop in self._blocks(name):
+                    delta, diagonal = self._delta(name, flat, start, stop)
+                    rows = self._rows(name, start, stop, delta.dtype)
+                    z += weight * (rows @ (delta / diagonal)).to(accumulator)
+            if self._sum is not None:
+                self._sum(z)
+            z = torch.cholesky_solve((low_rank * z).unsqueeze(1), factor).squeeze(1)
+        total = torch.zeros((), dtype=accumulator, device=device)
+        for name in self.names:
+            weight, flat = self._weight(name), theta[name].detach().reshape(-1)
+            for start, stop in self._blocks(name):
+                residual, diagonal = self._delta(name, flat, start, stop)
+                if factor is not None:
+                    residual -= (low_rank * z).to(residual.dtype) @ self._rows(name, start, stop, residual.dtype)
+                gradient = residual / diagonal
+                total += weight * (residual * gradient).sum(dtype=accumulator)
+                if emit is not None:
+                    emit(name, start, stop, gradient)
+        if self._sum is not None:
+            self._sum(total)
+        return 0.5 * (total + z.square().sum())
+
+    def _cholesky(self) -> Tensor | None:
+        """The K x K factor of I + U^T A^-1 U, made once, float64; None without a low-rank part."""
+        low_rank = self._low_rank_scale()
+        if not low_rank:
+            return None
+        if self._factor is None:
+            device = self._device()
+            accumulator = _accumulator(device)
+            gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
+            for name in self.names:
+                weight = self._weight(name)
+                for start, stop in self._blocks(name):
+                    rows = self._rows(name, start, stop, accumulator)
+                    gram += weight * (rows / self._diagonal(name, start, stop, accumulator)) @ rows.T
+            if self._sum is not None:
+                self._sum(gram)
+            matrix = torch.eye(self.rank, dtype=accumulator, device=device) + low_rank**2 * gram
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            if int(info) or not torch.isfinite(factor).all():
+                raise PriorNumericsError(
+                    "I + U^T A^-1 U has no Cholesky factor: the variances are too small for the deviations, or a value "
+                    "is NaN. `prior-hub check` says which; a larger variance_floor or eps mends the first."
+                )
+            self._factor = factor
+        return self._factor
+
+    def _low_rank_scale(self) -> float:
+        return math.sqrt(self.scale * self.low_rank_weight) if self.deviations else 0.0
+
+    def _delta(self, name: str, flat: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """theta - mean (a fresh tensor) and A of one block, flat, in the type of the elementwise work."""
+        mean = self.mean[name]
+        dtype = torch.promote_types(torch.promote_types(flat.dtype, mean.dtype), torch.float32)
+        block = flat[start:stop].to(dtype)
+        return block - mean.reshape(-1)[start:stop].to(dtype), self._diagonal(name, start, stop, dtype)
+
+    def _diagonal(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        variance = self.variance[name].reshape(-1)[start:stop].to(dtype)
+        return variance * (self.scale * self.diagonal_weight) + self.eps
+
+    def _rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.deviations[name].reshape(self.rank, -1)[:, start:stop].to(dtype)
+
+    def _blocks(self, name: str) -> Iterator[tuple[int, int]]:
+        tensor = self.mean[name]
+        size = _CPU_BLOCK if tensor.device.type == "cpu" else _DEVICE_BLOCK
+        for start in range(0, tensor.numel(), size):
+            yield start, min(start + size, tensor.numel())
+
+    def _weight(self, name: str) -> float:
+        return 1.0 if self._contributions is None else self._contributions[name]
+
+    def _total_entries(self) -> float:
+        total = sum(self._weight(name) * t.numel() for name, t in self.mean.items())
+        if self._sum is None:
+            return total
+        return float(self._sum(torch.tensor(total, dtype=_accumulator(self._device()), device=self._device())))
+
+    def _device(self) -> torch.device:
+        for tensor in self.mean.values():
+            return tensor.device
+        return torch.device("cpu")
+
+    def _checked_names(self, theta: Mapping[str, Tensor]) -> tuple[str, ...]:
+        for name, mean in self.mean.items():
+            if name not in theta:
+                raise PriorMatchError(f"no value given for parameter {name!r} of the prior.")
+            if theta[name].shape != mean.shape:
+                raise PriorMatchError(f"{name!r} has shape {tuple(theta[name].shape)}, the prior {tuple(mean.shape)}.")
+        return self.names
+
+
+class _PenaltyFunction(torch.autograd.Function):
+    """The penalty with its analytic gradient as its backward; not differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, gaussian: LowRankGaussian, *theta: Tensor) -> Tensor:
+        value, gradient = gaussian.penalty_and_gradient(dict(zip(gaussian.names, theta, strict=True)))
+        ctx.save_for_backward(*(gradient[name] for name in gaussian.names))
+        ctx.dtypes = [t.dtype for t in theta]
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (None, *((g * output.to(g.dtype)).to(dtype) for g, dtype in pairs))
+
+
+def truncated_weights(rank: int, kept: int, diagonal: float, low_rank: float) -> tuple[float, float]:
+    """The weights after keeping `kept` of `rank` deviations: (diagonal_weight, low_rank_weight)."""
+    if kept == rank:
+        return diagonal, low_rank
+    if math.isclose(diagonal, swag_weights(rank)[0]) and math.isclose(low_rank, swag_weights(rank)[1]):
+        return swag_weights(kept)
+    return diagonal, low_rank * (rank - 1) / (kept - 1) if kept >= 2 else 0.0
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Raise `PriorNumericsError` naming `what` and counting the entries if any value is NaN or infinite."""
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _DEVICE_BLOCK):
+        finite = torch.isfinite(flat[start : start + _DEVICE_BLOCK])
+        if not finite.all():
+            bad = flat.numel() - int(torch.isfinite(flat).sum())
+            raise PriorNumericsError(f"{what} has {bad} of {flat.numel()} entries that are NaN or infinite.")
+
+
+def _check_layout(mean: dict[str, Tensor], variance: dict[str, Tensor], deviations: dict[str, Tensor]) -> int:
+    """K, after checking that names, shapes and ranks agree."""
+    for kind, tensors in (("variance", variance), ("deviations", deviations)):
+        if kind == "deviations" and not tensors:
+            continue
+        if tensors.keys() != mean.keys():
+            odd = sorted(tensors.keys() ^ mean.keys())
+            raise PriorMatchError(f"mean and {kind} name different parameters: {', '.join(odd[:5])} ({len(odd)} in all).")
+    ranks = {rows.shape[0] if rows.ndim else -1 for rows in deviations.values()}
+    if len(ranks) > 1:
+        raise PriorMatchError(f"deviations have different numbers of rows: {sorted(ranks)}.")
+    for name, tensor in mean.items():
+        if variance[name].shape != tensor.shape:
+            raise PriorMatchError(f"variance of {name!r} is {tuple(variance[name].shape)}, mean {tuple(tensor.shape)}.")
+        if deviations and deviations[name].shape[1:] != tensor.shape:
+            found = tuple(deviations[name].shape)
+            raise PriorMatchError(f"deviations of {name!r} are {found}, expected (K, *{tuple(tensor.shape)}).")
+    return ranks.pop() if ranks else 0
+
+
+def _accumulator(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

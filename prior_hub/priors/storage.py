@@ -1,0 +1,445 @@
+"""A prior on disk, format 1.0.
+
+    prior_config.json              the configuration, with the sha256 of every weight file
+    prior.safetensors              or prior-00001-of-0000N.safetensors + prior.safetensors.index.json
+    README.md                      the model card
+
+Keys in the weight files, split at the first dot:
+
+    mean.<param>        (*shape)       variance.<param>    (*shape)
+    deviations.<param>  (K, *shape)    buffer.<name>       (*shape)
+
+Rows of the deviations: the most recent snapshot first, so that the first k rows are the prior of rank k.
+
+Writing is atomic for whoever reads through this module. The new files are written into a staging folder inside the
+target, the configuration last; one rename of that folder to `.prior-commit` makes the new prior current; only then are
+the files moved to their places. A reader that finds `.prior-commit` reads there. A process killed at any point leaves
+the old prior or the new one, never a mixture; the next save tidies up. Other files in the folder are not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors import safe_open as _safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError
+from prior_hub.priors.config import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    PriorConfig,
+    check_weight_file_name,
+    parse_json,
+)
+from prior_hub.priors.gaussian import check_finite
+
+_fcntl: ModuleType | None
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows has no flock: two processes saving into one folder at a time are not told apart there
+    _fcntl = None
+
+__all__ = [
+    "CARD_NAME",
+    "INDEX_NAME",
+    "StoredPrior",
+    "parse_size",
+    "prior_files",
+    "read_config",
+    "read_prior",
+    "write_prior",
+]
+
+WEIGHTS_NAME = "prior.safetensors"
+INDEX_NAME = "prior.safetensors.index.json"
+CARD_NAME = "README.md"
+COMMIT_NAME = ".prior-commit"
+_STAGING = ".prior-staging-"
+_TRASH = ".prior-trash-"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_KINDS = ("mean", "variance", "deviations")
+
+
+@dataclass(frozen=True)
+class StoredPrior:
+    """What `read_prior` found: the configuration and memory-mapped tensors."""
+
+    config: PriorConfig
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+    deviations: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_prior(
+    folder: str | os.PathLike[str],
+    config: PriorConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    max_shard_size: int | str = "5GB",
+    extra_files: Mapping[str, str] | None = None,
+) -> PriorConfig:
+    """Write a prior atomically; returns the configuration as written, with the hash of every weight file.
+
+    Args:
+        folder: created if missing; other files in it stay.
+        config: its `weight_files` is filled in here.
+        tensors: storage key ("mean.<param>", ...) -> tensor.
+        max_shard_size: bytes, or a text such as "5GB"; a single larger tensor makes a shard of its own.
+        extra_files: file name -> text, committed together with the prior (the model card).
+
+    Raises:
+        PriorFormatError: the tensors are not those the configuration declares.
+        PriorNumericsError: a value is NaN or infinite. Nothing was written then.
+        OSError: the disk is full or not writable; the old prior is untouched.
+    """
+    folder = Path(folder)
+    _check_tensors(config, tensors)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            check_finite(key, tensor)
+    shards = _plan_shards(tensors, parse_size(max_shard_size))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder):
+        _tidy(folder)
+        staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
+        staging.mkdir()
+        try:
+            hashes = {}
+            for name, keys in shards.items():
+                save_file({key: _storable(tensors[key]) for key in keys}, staging / name, metadata={"format": "pt"})
+                hashes[name] = _sha256(staging / name)
+            if len(shards) > 1:
+                total = sum(t.numel() * t.element_size() for t in tensors.values())
+                index = {
+                    "metadata": {"total_size": total},
+                    "weight_map": {key: name for name, keys in shards.items() for key in keys},
+                }
+                (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            for name, text in (extra_files or {}).items():
+                (staging / name).write_text(text, encoding="utf-8")
+            written = config.replace(weight_files=hashes)
+            (staging / CONFIG_NAME).write_text(written.to_json(), encoding="utf-8")
+            mode = (staging / CONFIG_NAME).stat().st_mode
+            for path in staging.iterdir():
+                path.chmod(mode)  # safetensors makes its files readable by their owner only
+                _sync(path)
+            _sync(staging)
+            staging.rename(folder / COMMIT_NAME)  # from here on the new prior is the current one
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _sync(folder)
+        _roll_forward(folder)
+    return written
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes in `size`, a number or a text such as "500MB" or "5GB" (powers of ten, as on the Hub; KiB, MiB, GiB: of two)."""
+    if isinstance(size, int):
+        if size <= 0:
+            raise ValueError(f"max_shard_size is {size}, expected a number of bytes > 0.")
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", size, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"max_shard_size is {size!r}, expected bytes or a text such as '500MB' or '5GB'.")
+    power = " KMGT".index(match[2].upper()) if match[2] else 0
+    return max(1, int(float(match[1]) * (1024 if match[3] else 1000) ** power))
+
+
+def _check_tensors(config: PriorConfig, tensors: Mapping[str, Tensor]) -> None:
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+    dtypes = {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}
+    _check_layout(config, shapes, dtypes, "the tensors to write")
+
+
+def _check_layout(
+    config: PriorConfig, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str | None], where: str
+) -> None:
+    """Compare keys, shapes and types with what the configuration declares, before anything is allocated."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in config.parameters.items():
+        wanted[f"mean.{name}"] = shape
+        wanted[f"variance.{name}"] = shape
+        if config.rank:
+            wanted[f"deviations.{name}"] = (config.rank, *shape)
+    buffers = {f"buffer.{name}" for name in config.buffers}
+    missing = sorted((wanted.keys() | buffers) - shapes.keys())
+    extra = sorted(shapes.keys() - wanted.keys() - buffers)
+    for what, keys in (("lacks", missing), ("has undeclared", extra)):
+        if keys:
+            raise PriorFormatError(f"{where}: {what} {', '.join(keys[:3])} ({len(keys)} of {len(shapes)} keys).")
+    for key, shape in wanted.items():
+        if shapes[key] != shape:
+            raise PriorFormatError(f"{where}: {key} has shape {list(shapes[key])}, the configuration says {list(shape)}.")
+        expected = config.dtype[key.split(".", 1)[0]]
+        if dtypes[key] != expected:
+            raise PriorFormatError(f"{where}: {key} is stored as {dtypes[key]}, the configuration says {expected}.")
+
+
+def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+    """File name -> keys, filled greedily in order."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(key)
+        used += size
+    if len(groups) == 1:
+        return {WEIGHTS_NAME: groups[0]}
+    if len(groups) > 99_999:
+        raise ValueError(f"max_shard_size of {limit} bytes would make {len(groups)} files; choose a larger one.")
+    return {f"prior-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _roll_forward(folder: Path) -> None:
+    """Move the committed files to their places, the configuration last; `.prior-commit` stays readable till the end."""
+    commit = folder / COMMIT_NAME
+    names = sorted((p.name for p in commit.iterdir()), key=lambda name: name == CONFIG_NAME)
+    for name in names:
+        moving = folder / f"{_TRASH}{secrets.token_hex(4)}"
+        try:
+            os.link(commit / name, moving)
+        except OSError:  # a file system without hard links
+            shutil.copy2(commit / name, moving)
+        moving.replace(folder / name)
+    for path in folder.iterdir():
+        if path.name not in names and path.name.startswith("prior") and _is_weights_or_index(path.name):
+            path.unlink()
+    _sync(folder)
+    trash = folder / f"{_TRASH}{secrets.token_hex(4)}"
+    commit.rename(trash)
+    shutil.rmtree(trash)
+
+
+def _is_weights_or_index(name: str) -> bool:
+    try:
+        check_weight_file_name(name)
+    except PriorFormatError:
+        return name == INDEX_NAME
+    return True
+
+
+def _tidy(folder: Path) -> None:
+    """Finish a committed save that was interrupted and remove what an uncommitted one left (the lock is held)."""
+    if (folder / COMMIT_NAME / CONFIG_NAME).is_file():
+        _roll_forward(folder)
+    for path in folder.iterdir():
+        if path.name.startswith((_STAGING, _TRASH)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One saving process per folder at a time, by a lock on the folder itself (it ends with the process)."""
+    if _fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _fcntl.flock(handle, _fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_config(folder: str | os.PathLike[str]) -> PriorConfig:
+    """Read and check `prior_config.json` alone.
+
+    Raises:
+        PriorNotFoundError: the folder is missing or holds no prior.
+        PriorFormatError: the file is not a prior's configuration.
+    """
+    path = _current(Path(folder)) / CONFIG_NAME
+    return PriorConfig.from_json(_read_bounded(path), where=str(path))
+
+
+def prior_files(folder: str | os.PathLike[str], config: PriorConfig) -> list[Path]:
+    """The files that make the prior: configuration, weights, index and card, as far as they are there."""
+    current = _current(Path(folder))
+    names = [CONFIG_NAME, *config.weight_files, INDEX_NAME, CARD_NAME]
+    wanted = [current / name for name in names if name != INDEX_NAME or len(config.weight_files) > 1]
+    return [path for path in wanted if path.is_file()]
+
+
+def read_prior(folder: str | os.PathLike[str], *, rank: int | None = None, verify: bool = True) -> StoredPrior:
+    """Read a prior: names, shapes and types are checked before any tensor is made, values and hashes by default.
+
+    Args:
+        folder: a local folder.
+        rank: read only the first `rank` deviations (the most recent snapshots); their weights are the caller's matter.
+        verify: also compare every file with its sha256 and refuse NaN and infinities. This reads each byte once;
+            without it tensors are memory-mapped and read when used.
+
+    Raises:
+        PriorNotFoundError: no such folder, or no prior in it.
+        PriorFormatError: a file is missing, truncated, altered, or not what the configuration declares.
+        PriorNumericsError: NaN or infinities.
+    """
+    folder = Path(folder)
+    before = _state(folder)
+    try:
+        return _read(folder, rank, verify)
+    except (PriorHubError, OSError):
+        if _state(folder) == before:
+            raise
+        return _read(folder, rank, verify)  # another process saved a new prior here while we were reading the old one
+
+
+def _state(folder: Path) -> tuple[object, ...]:
+    """Changes whenever a save becomes current or is moved to its place."""
+    result: list[object] = []
+    for path in (folder / COMMIT_NAME, folder / CONFIG_NAME):
+        try:
+            status = path.stat()
+            result.append((status.st_ino, status.st_mtime_ns))
+        except OSError:
+            result.append(None)
+    return tuple(result)
+
+
+def _read(folder: Path, rank: int | None, verify: bool) -> StoredPrior:
+    current = _current(folder)
+    path = current / CONFIG_NAME
+    config = PriorConfig.from_json(_read_bounded(path), where=str(path))
+    if rank is not None and not 0 <= rank <= config.rank:
+        raise ValueError(f"rank {rank} is not between 0 and {config.rank}, the rank of the prior in {folder}.")
+    files = _weight_files(current, config)
+    if verify:
+        for name, digest in config.weight_files.items():
+            found = _sha256(files[name])
+            if found != digest:
+                raise PriorFormatError(
+                    f"{files[name]} is not the file this prior was saved with (sha256 {found[:12]}..., expected "
+                    f"{digest[:12]}...): it was altered, truncated or mixed with another version. Save or download it again."
+                )
+    groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_KINDS, "buffer")}
+    with contextlib.ExitStack() as stack:
+        handles = {name: stack.enter_context(_open(path)) for name, path in files.items()}
+        where = _locate(handles, current, config)
+        slices = {key: handles[file].get_slice(key) for key, file in where.items()}
+        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        dtypes = {key: _DTYPES.get(part.get_dtype()) for key, part in slices.items()}
+        _check_layout(config, shapes, dtypes, str(current))
+        for key, part in slices.items():
+            kind, name = key.split(".", 1)
+            if kind == "deviations" and rank is not None and rank < config.rank:
+                if rank == 0:
+                    continue
+                tensor = part[:rank]
+            else:
+                tensor = handles[where[key]].get_tensor(key)
+            if verify and tensor.is_floating_point():
+                check_finite(f"{key} in {current}", tensor)
+            groups[kind][name] = tensor
+    ordered = {kind: {n: groups[kind][n] for n in config.parameters if n in groups[kind]} for kind in _KINDS}
+    buffers = {name: groups["buffer"][name] for name in config.buffers}
+    return StoredPrior(config, ordered["mean"], ordered["variance"], ordered["deviations"], buffers)
+
+
+def _current(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise PriorNotFoundError(f"{folder} is not a folder.")
+    if (folder / COMMIT_NAME / CONFIG_NAME).is_file():
+        return folder / COMMIT_NAME
+    if not (folder / CONFIG_NAME).is_file():
+        found = sorted(path.name for path in folder.iterdir())[:5]
+        raise PriorNotFoundError(
+            f"{folder} holds no prior: there is no {CONFIG_NAME} in it (found: {', '.join(found) or 'nothing'}). "
+            "If the prior lies deeper, name that folder, or pass subfolder=."
+        )
+    return folder
+
+
+def _read_bounded(path: Path) -> bytes:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise PriorFormatError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_CONFIG_BYTES} it may have.")
+    return path.read_bytes()
+
+
+def _weight_files(folder: Path, config: PriorConfig) -> dict[str, Path]:
+    if not config.weight_files:
+        raise PriorFormatError(f"{folder / CONFIG_NAME} lists no weight files.")
+    files = {name: folder / name for name in config.weight_files}
+    missing = [name for name, path in files.items() if not path.is_file()]
+    if missing:
+        raise PriorFormatError(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} weight files).")
+    return files
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with _safe_open(path, framework="pt", device="cpu") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise PriorFormatError(f"{path} is not a valid safetensors file ({error}): truncated or damaged.") from error
+
+
+def _locate(handles: Mapping[str, Any], folder: Path, config: PriorConfig) -> dict[str, str]:
+    """Key -> file, from the files themselves; an index must agree with them."""
+    where: dict[str, str] = {}
+    for file, handle in handles.items():
+        for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+            kind = key.split(".", 1)[0]
+            if key in where or kind not in (*_KINDS, "buffer") or "." not in key:
+                problem = f"stands in {where[key]} too" if key in where else "is no key of format 1.0"
+                raise PriorFormatError(f"{folder / file}: {key!r} {problem}.")
+            where[key] = file
+    index_path = folder / INDEX_NAME
+    if len(handles) > 1 or index_path.is_file():
+        index = parse_json(_read_bounded(index_path), where=str(index_path)) if index_path.is_file() else None
+        mapping = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(mapping, dict):
+            raise PriorFormatError(f"{index_path} is missing or has no 'weight_map'.")
+        for file in set(map(str, mapping.values())):
+            check_weight_file_name(file)
+            if file not in config.weight_files:
+                raise PriorFormatError(f"{index_path} names {file}, whose hash the configuration does not list.")
+        wrong = sorted(key for key in mapping.keys() | where.keys() if mapping.get(key) != where.get(key))
+        if wrong:
+            raise PriorFormatError(f"{index_path} puts {wrong[0]} in the wrong file ({len(wrong)} keys differ).")
+    return where

@@ -1,0 +1,1 @@
+"""Where priors live: upload to and download from the Hub, and the model card."""

@@ -1,0 +1,28 @@
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hub_fixtures import HubServer, client_environment, start_hub
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="prior-hub-tests-")
+_HUB = start_hub(Path(_FOLDER.name) / "hub")
+os.environ.update(client_environment(_HUB, Path(_FOLDER.name) / "home"))  # before huggingface_hub is imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_hub():
+    yield
+    _HUB.stop()
+    _FOLDER.cleanup()
+
+
+@pytest.fixture(scope="session")
+def hub() -> HubServer:
+    return _HUB
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_left():
+    yield
+    _HUB.clear_faults()
