@@ -319,7 +319,7 @@ def match_names(
     shapes = {name: tuple(shape) for name, shape in model.items()}
     known = {**shapes, **{alias: shapes[name] for alias, name in (aliases or {}).items()}}
     if name_map is None:
-        strip, add = _infer_prefix(body, known)
+        strip, add = _infer_prefix(body, known, min_coverage)
         targets = {n: add + n.removeprefix(strip) for n in body if n.startswith(strip)}
     else:
         strip = add = ""
@@ -373,7 +373,9 @@ def match_names(
     )
 
 
-def _infer_prefix(prior: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+def _infer_prefix(
+    prior: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], min_coverage: float
+) -> tuple[str, str]:
     """The one (strip, add) that gives the most values a place of the same shape.
 
     Every pair of names with the same last part and shape proposes the prefixes left after their longest common suffix;
@@ -400,6 +402,8 @@ def _infer_prefix(prior: Mapping[str, tuple[int, ...]], model: Mapping[str, tupl
     as_is = next(item for item in scores if item[1] == ("", "")) if any(s[1] == ("", "") for s in scores) else None
     if as_is is not None and as_is[0] == best:
         return as_is[1]  # the names as they are, which is also what load_state_dict would do
+    if best < min_coverage * sum(math.prod(shape) for shape in prior.values()):
+        return chosen  # too little to choose from: the caller says so
     for count, prefix, other_hits in scores[1:]:
         if best and count >= _AMBIGUOUS * best and other_hits != hits:
             raise PriorMatchError(

@@ -150,7 +150,7 @@ def _download_config(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    return Path(path), commit
+    return Path(path), commit.resolved  # its string value is the name asked for, `resolved` the hash
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

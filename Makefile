@@ -1,0 +1,50 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`. Both make their own .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo test test-all test-xet test-lowest lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed  ## learn a prior, store it, fine-tune under it: real data, a table and a figure, under 4 minutes
+	$(BIN)/prior-hub demo --output demo_output
+
+test: $(VENV)/.installed  ## quick tests, under 5 minutes on 2 cores
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed  ## all tests
+	$(PYTEST)
+
+FAKEHUB ?= ../shared/tools/loopback_hub/fakehub.py
+test-xet: $(VENV)/.installed  ## the Hub tests against a full Hub server, over Xet (FAKEHUB=path/to/fakehub.py)
+	PRIOR_HUB_TEST_FAKEHUB="$(abspath $(FAKEHUB))" $(PYTEST) -m hub
+
+.venv-lowest/.installed: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) .ci/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-lowest: .venv-lowest/.installed  ## quick tests with the lower bound of every dependency
+	.venv-lowest/bin/python -m pytest -m "not slow and not gpu"
+
+lint: $(VENV)/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## benchmarks, side by side
+	$(BIN)/python benchmarks/penalty.py
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) .venv-lowest demo_output example_output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,359 @@
+"""`prior-hub`: learn, look at, fetch, publish and check priors from the command line.
+
+Exit codes: 0 done; 1 the prior, the Hub or the disk said no (the message says what and what to do); 2 the command was not
+understood; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prior_hub import __version__
+from prior_hub.errors import PriorHubError
+
+if TYPE_CHECKING:
+    from prior_hub.priors.config import PriorConfig
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            return int(arguments.run(arguments))
+    except (PriorHubError, OSError) as error:
+        if getattr(arguments, "json", False):
+            print(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
+        else:
+            print(f"prior-hub: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prior-hub: interrupted", file=sys.stderr)
+        return 130
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    print(f"prior-hub: {category.__name__}: {message}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from prior_hub.demo import run_demo
+    except ImportError as error:
+        print(f"prior-hub: {error}. The demo needs: pip install 'prior-hub[plots,vision]'", file=sys.stderr)
+        return 1
+    run_demo(arguments.output, seeds=arguments.seeds, quick=arguments.quick, progress=sys.stderr.isatty() or arguments.progress)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    config, where, commit = _config(arguments)
+    if arguments.json:
+        print(json.dumps({"ok": True, "prior": where, "commit": commit, "config": json.loads(config.to_json())}, indent=2))
+        return 0
+    source = ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in config.source.items())
+    estimator = ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in config.estimator.items())
+    base = config.base_model or "not recorded"
+    stored = sum(
+        config.num_parameters * copies * _BYTES[config.dtype[kind]]
+        for kind, copies in (("mean", 1), ("variance", 1), ("deviations", config.rank))
+    )
+    rows = [
+        ("prior", where + (f" @ {commit[:8]}" if commit else "")),
+        ("base model", f"{base}{f' @ {config.base_model_revision[:8]}' if config.base_model_revision else ''}"),
+        ("model type", config.model_type or "not recorded"),
+        ("source task", source or "not recorded"),
+        ("estimator", estimator or "not recorded"),
+        ("parameters", f"{len(config.parameters)} tensors, {config.num_parameters:,} values"),
+        ("head (left out)", ", ".join(config.head_parameters) or "none"),
+        ("rank K", str(config.rank)),
+        ("covariance", _covariance(config)),
+        ("scale", f"{config.scale:g}"),
+        ("variance floor", f"{config.variance_floor:g}"),
+        ("snapshots", "not recorded" if config.num_snapshots is None else str(config.num_snapshots)),
+        ("weights", f"{_size(stored)} in {len(config.weight_files)} file{'s' if len(config.weight_files) != 1 else ''}"),
+        ("licence", config.license or "not recorded"),
+        ("format", f"{config.format_version}, written by prior_hub {config.prior_hub_version or '?'}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in config.libraries.items()) or "not recorded"),
+    ]
+    width = max(len(key) for key, _ in rows)
+    print("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from prior_hub.model import PriorModel
+
+    prior = PriorModel.from_pretrained(
+        arguments.prior,
+        revision=arguments.revision,
+        subfolder=arguments.subfolder,
+        cache_dir=arguments.cache_dir,
+        force_download=arguments.force_download,
+        rank=arguments.rank,
+    )
+    if arguments.output is not None:
+        prior.save_pretrained(arguments.output, repo_id=arguments.prior if prior.repo_id else None)
+    result = {"ok": True, "prior": arguments.prior, "commit": prior.commit_hash, "folder": _text(arguments.output)}
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        place = f"written to {arguments.output}" if arguments.output else "in the local cache"
+        print(f"{prior!r}, checked, {place}" + (f" (commit {prior.commit_hash[:8]})" if prior.commit_hash else ""))
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from prior_hub.model import push_prior_to_hub
+
+    result = push_prior_to_hub(
+        arguments.folder,
+        arguments.repo_id,
+        revision=arguments.revision,
+        subfolder=arguments.subfolder,
+        private=True if arguments.private else None,
+        create_pr=arguments.create_pr,
+        commit_message=arguments.message,
+        tag=arguments.tag,
+    )
+    if arguments.json:
+        print(json.dumps({"ok": True, **dataclasses.asdict(result)}))
+    else:
+        print(f"pushed to {result.pull_request_url or result.commit_url}" + (f", tagged {result.tag}" if result.tag else ""))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from prior_hub.model import PriorModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prior = PriorModel.from_pretrained(arguments.prior, revision=arguments.revision, subfolder=arguments.subfolder)
+        stiffest = prior.gaussian.largest_precision()
+    remarks = [str(item.message) for item in caught] + _remarks(prior.config)
+    finite = "hashes, names, shapes, types and values are right"
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "ok": True,
+                    "prior": arguments.prior,
+                    "commit": prior.commit_hash,
+                    "largest_precision": stiffest,
+                    "remarks": remarks,
+                }
+            )
+        )
+    else:
+        print(f"{arguments.prior}: {prior!r}: {finite}; largest precision {stiffest:.3g}")
+        for remark in remarks:
+            print(f"  note: {remark}")
+    return 0
+
+
+def _remarks(config: PriorConfig) -> list[str]:
+    """What a reader of this prior will miss; nothing here makes it unusable."""
+    notes = []
+    for name, value in (
+        ("license", config.license),
+        ("base_model", config.base_model),
+        ("source data set", config.source.get("dataset")),
+    ):
+        if not value:
+            notes.append(f"no {name} is recorded")
+    if config.num_snapshots is not None and config.num_snapshots < 10:
+        notes.append(f"it was taken over {config.num_snapshots} snapshots only")
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _config(arguments: argparse.Namespace) -> tuple[PriorConfig, str, str | None]:
+    from prior_hub.priors.storage import read_config
+    from prior_hub.registry.hub import download_config
+
+    path = Path(arguments.prior).expanduser()
+    if path.is_dir():
+        folder = path / arguments.subfolder if arguments.subfolder else path
+        return read_config(folder), str(folder), None
+    config, commit = download_config(arguments.prior, revision=arguments.revision, subfolder=arguments.subfolder)
+    return config, arguments.prior, commit
+
+
+def _covariance(config: PriorConfig) -> str:
+    low_rank = f" + {config.low_rank_weight:g} D^T D" if config.rank else ""
+    eps = f" + {config.eps:g} I" if config.eps else ""
+    return f"Sigma = scale ({config.diagonal_weight:g} diag(variance){low_rank}){eps}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(item) for item in value)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -------------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prior-hub",
+        description="Pre-trained priors: what a source task knows about a model's weights, as a penalty for fine-tuning. "
+        "Learn one, look at it, fetch it, publish it.",
+        epilog="first steps: `prior-hub demo` shows the whole idea on real data in a few minutes, without network or account. "
+        "In Python: PriorModel.from_pretrained('org/name') and PriorTrainer in place of Trainer.",
+    )
+    parser.add_argument("--version", action="version", version=f"prior-hub {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "learn a prior on handwritten digits, store it, fine-tune under it three ways, print a table",
+        "Learns a source task (digits 0-4) with a small timm model and SWAG, saves the prior with its card, loads it back, "
+        "fine-tunes on other digits with few examples: plainly, under an isotropic prior at the same weights, and under the "
+        "learned prior. Prints accuracy and NLL with their spread over seeds, writes the figure, the prior and every number. "
+        "Runs offline; needs pip install 'prior-hub[plots,vision]'.",
+        "examples:\n  prior-hub demo\n  prior-hub demo --seeds 5 --output my_demo",
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo_output"), metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help="repetitions of each fine-tuning (default: %(default)s)"
+    )
+    demo.add_argument("--quick", action="store_true", help="a much smaller run that shows the path, not the result")
+    demo.add_argument("--progress", action="store_true", help="show progress bars even where the output is no terminal")
+
+    info = _command(
+        commands,
+        "info",
+        _info,
+        "show what a prior is: base model, source task, rank, scale, size",
+        "Reads the configuration only; no weights are downloaded.",
+        "examples:\n  prior-hub info org/resnet50-simclr-prior\n  prior-hub info ./my_prior --json",
+    )
+    _prior_argument(info)
+    _json_argument(info)
+
+    pull = _command(
+        commands,
+        "pull",
+        _pull,
+        "download a prior and check it",
+        "Downloads into the Hub client's cache (or takes the cached copy), compares every file with its sha256 and every value "
+        "with what a prior may hold. With --output also writes a copy.",
+        "examples:\n  prior-hub pull org/resnet50-simclr-prior\n  prior-hub pull org/name --revision v1.0 --output ./prior",
+    )
+    _prior_argument(pull)
+    pull.add_argument("--output", type=Path, metavar="FOLDER", help="also write the prior here")
+    pull.add_argument("--rank", type=_count, metavar="K", help="keep only the K most recent deviations")
+    pull.add_argument("--cache-dir", metavar="FOLDER", help="cache to use instead of HF_HOME's")
+    pull.add_argument("--force-download", action="store_true", help="download again even if cached")
+    _json_argument(pull)
+
+    push = _command(
+        commands,
+        "push",
+        _push,
+        "publish a prior's folder on the Hub, card included, in one commit",
+        "The folder is checked first; nothing is sent if it is not a whole prior. A card that is already in the repository "
+        "keeps what a person wrote in it. Log in with `hf auth login`, or set HF_TOKEN.",
+        "examples:\n  prior-hub push ./my_prior me/my-prior\n  prior-hub push ./my_prior org/name --tag v1.0 --create-pr",
+    )
+    push.add_argument("folder", type=Path, help="folder that save_pretrained wrote")
+    push.add_argument("repo_id", help="organisation/name, or a name under your own account")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+    push.add_argument("--subfolder", metavar="FOLDER", help="folder of the repository, beside a model for example")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--tag", metavar="TAG", help="tag the commit, for example v1.0")
+    push.add_argument("--message", metavar="TEXT", help="commit message")
+    _json_argument(push)
+
+    check = _command(
+        commands,
+        "check",
+        _check,
+        "check a prior's files, names, shapes and values, and say what is wrong",
+        "Reads everything: format, hashes, shapes, types, NaN, positive variances, and the factor of the covariance. Exit code "
+        "1 and one sentence on what is wrong and what to do; notes on what a reader will miss (licence, base model, data set).",
+        "examples:\n  prior-hub check ./my_prior\n  prior-hub check org/name --json",
+    )
+    _prior_argument(check)
+    _json_argument(check)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    width = min(shutil.get_terminal_size().columns, 100)
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return _Formatter(prog, width=width)
+
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, epilog=epilog, formatter_class=formatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps the description, leaves the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+def _prior_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prior", help="organisation/name on the Hub, or a folder (a folder of that name wins)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
+    parser.add_argument("--subfolder", metavar="FOLDER", help="folder of the repository the prior lies in")
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, errors too")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The command line: help that teaches, exit codes, JSON, and the real Hub client underneath."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_fixtures import fresh_repo_id
+
+from prior_hub import PriorModel, __version__
+from prior_hub.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    mean = {"conv.weight": torch.randn(4, 3, generator=g), "conv.bias": torch.randn(4, generator=g)}
+    variance = {n: torch.full_like(t, 1e-2) for n, t in mean.items()}
+    rows = {n: torch.randn(3, *t.shape, generator=g) * 0.1 for n, t in mean.items()}
+    prior = PriorModel.from_tensors(
+        mean, variance, rows, base_model="org/tiny", license="mit", source={"dataset": "org/data", "objective": "supervised"}
+    )
+    prior.save_pretrained(tmp_path / "prior")
+    return tmp_path / "prior"
+
+
+@pytest.mark.parametrize("command", ["demo", "info", "pull", "push", "check"])
+def test_every_command_has_a_help_that_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"examples:\n  prior-hub {command}" in text
+    assert len(text.split("options:")[0].split()) > 20  # what it does, not only its usage
+
+
+def test_no_command_and_an_unknown_one_are_usage_errors(capsys):
+    for arguments in ([], ["publish"], ["info"], ["pull", "x", "--rank", "-1"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    capsys.readouterr()
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"prior-hub {__version__}"
+
+
+def test_info_shows_the_configuration(folder, capsys):
+    assert main(["info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "org/tiny",
+        "org/data",
+        "2 tensors, 16 values",
+        "rank K",
+        "Sigma = scale (0.5 diag(variance) + 0.25 D^T D)",
+        "mit",
+    ):
+        assert part in text
+    assert main(["info", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["rank"] == 3
+    assert found["ok"] is True
+
+
+def test_check_passes_a_good_prior_and_notes_what_is_missing(folder, tmp_path, capsys):
+    assert main(["check", str(folder)]) == 0
+    assert "note:" not in capsys.readouterr().out
+    PriorModel.from_tensors({"w": torch.zeros(2)}, {"w": torch.ones(2)}).save_pretrained(tmp_path / "bare")
+    assert main(["check", str(tmp_path / "bare")]) == 0
+    text = capsys.readouterr().out
+    assert "no license is recorded" in text
+    assert "no base_model is recorded" in text
+
+
+def test_check_says_what_is_wrong_and_exits_1(folder, tmp_path, capsys):
+    weights = folder / "prior.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["check", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "sha256" in captured.err
+    assert main(["check", str(folder), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["error"]) == (False, "PriorFormatError")
+    assert main(["check", str(tmp_path)]) == 1
+    assert "holds no prior" in capsys.readouterr().err
+    assert main(["check", "no/such/folder"]) == 1
+
+
+@pytest.mark.hub
+def test_push_info_pull_and_check_over_the_hub(folder, tmp_path, hub, capsys):
+    repo = fresh_repo_id("cli")
+    assert main(["push", str(folder), repo, "--tag", "v1.0", "--json"]) == 0
+    pushed = json.loads(capsys.readouterr().out)
+    assert pushed["tag"] == "v1.0"
+    assert pushed["commit_url"].endswith(pushed["commit_hash"])
+    assert main(["info", repo, "--revision", "v1.0"]) == 0
+    assert pushed["commit_hash"][:8] in capsys.readouterr().out
+    assert main(["pull", repo, "--output", str(tmp_path / "copy"), "--rank", "2"]) == 0
+    assert "written to" in capsys.readouterr().out
+    copy, original = PriorModel.from_pretrained(tmp_path / "copy"), PriorModel.from_pretrained(folder)
+    assert copy.rank == 2
+    assert torch.equal(copy.deviations["conv.weight"], original.deviations["conv.weight"][:2])
+    assert main(["check", repo, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] == pushed["commit_hash"]
+
+
+@pytest.mark.hub
+def test_a_missing_repository_exits_1_with_advice(hub, capsys):
+    assert main(["pull", "alice/there-is-no-such-prior"]) == 1
+    assert "Check the spelling" in capsys.readouterr().err
+
+
+def test_the_installed_script_and_the_module_are_the_same_program(folder):
+    script = Path(sys.executable).with_name("prior-hub")
+    for command in ([str(script)], [sys.executable, "-m", "prior_hub.cli"]):
+        result = subprocess.run([*command, "info", str(folder)], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert "org/tiny" in result.stdout

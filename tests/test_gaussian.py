@@ -1,0 +1,321 @@
+"""The Gaussian against a dense float64 covariance matrix, autograd and torch.distributions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from prior_hub import LowRankGaussian, PriorMatchError, PriorNumericsError
+from prior_hub.priors import gaussian as module
+
+SHAPES = {"conv.weight": (3, 2, 2), "conv.bias": (3,), "temperature": (), "head.weight": (2, 5)}
+
+
+def make(rank, *, seed=0, shapes=SHAPES, low=1e-4, high=1e-1, dtype=torch.float32, deviations_dtype=None, **settings):
+    """A Gaussian whose variances spread over [low, high] on a log scale, deviations of matching size."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    mean = {n: draw(*s).to(dtype) for n, s in shapes.items()}
+    spread = {n: torch.exp(math.log(low) + (math.log(high) - math.log(low)) * draw(*s).sigmoid()) for n, s in shapes.items()}
+    variance = {n: v.to(dtype) for n, v in spread.items()}
+    rows = {n: (draw(rank, *s) * spread[n].sqrt()).to(deviations_dtype or dtype) for n, s in shapes.items()}
+    return LowRankGaussian(mean, variance, rows if rank else None, **settings)
+
+
+def flat(tensors, names):
+    return torch.cat([tensors[n].detach().double().reshape(-1) for n in names])
+
+
+def dense(prior):
+    """(mean, Sigma) in float64, from the definition in DESIGN.md section 2."""
+    mean, variance = flat(prior.mean, prior.names), flat(prior.variance, prior.names)
+    sigma = prior.scale * prior.diagonal_weight * torch.diag(variance) + prior.eps * torch.eye(len(mean), dtype=torch.float64)
+    if prior.rank:
+        rows = torch.stack([flat({n: d[k] for n, d in prior.deviations.items()}, prior.names) for k in range(prior.rank)])
+        sigma = sigma + prior.scale * prior.low_rank_weight * rows.T @ rows
+    return mean, sigma
+
+
+def near(prior, *, seed=1, dtype=torch.float32):
+    """Weights a few standard deviations from the mean, plus a part along the deviations."""
+    g = torch.Generator().manual_seed(seed)
+    theta = {}
+    for n, m in prior.mean.items():
+        step = torch.randn(m.shape, generator=g) * prior.variance[n].sqrt() * math.sqrt(prior.scale)
+        theta[n] = (m + step + (0.7 * prior.deviations[n].float().sum(0) if prior.rank else 0)).to(dtype)
+    return theta
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 20])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_penalty_gradient_and_log_prob_equal_the_dense_formula(rank, scale, eps):
+    prior = make(rank, scale=scale, eps=eps, seed=rank)
+    theta = near(prior)
+    mean, sigma = dense(prior)
+    delta = flat(theta, prior.names) - mean
+    precise = torch.linalg.solve(sigma, delta)
+    value, gradient = prior.penalty_and_gradient(theta)
+    expected = 0.5 * delta @ precise
+    assert value.item() == pytest.approx(expected.item(), rel=2e-6)  # float32 elementwise work
+    error = (flat(gradient, prior.names) - precise).norm() / precise.norm()
+    assert error < 1e-5
+    reference = torch.distributions.MultivariateNormal(mean, sigma).log_prob(flat(theta, prior.names))
+    assert prior.log_prob(theta).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rank=st.integers(0, 6),
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
+    log_scale=st.floats(-4, 6),
+    seed=st.integers(0, 10_000),
+    weights=st.one_of(st.none(), st.tuples(st.floats(0.1, 2), st.floats(0, 3))),
+)
+def test_float64_values_equal_the_dense_formula_for_any_rank_shape_scale_and_weight(rank, shapes, log_scale, seed, weights):
+    named = {f"p{i}.weight": tuple(s) for i, s in enumerate(shapes)}
+    extra = {} if weights is None else {"diagonal_weight": weights[0], "low_rank_weight": weights[1]}
+    prior = make(rank, seed=seed, shapes=named, dtype=torch.float64, scale=10**log_scale, **extra)
+    theta = near(prior, seed=seed + 1, dtype=torch.float64)
+    mean, sigma = dense(prior)
+    delta = flat(theta, prior.names) - mean
+    precise = torch.linalg.solve(sigma, delta) if len(delta) else delta
+    value, gradient = prior.penalty_and_gradient(theta)
+    assert value.item() == pytest.approx(0.5 * (delta @ precise).item(), rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(
+        flat(gradient, prior.names), precise, rtol=1e-7, atol=1e-9 * (1 + precise.abs().max().item() if len(delta) else 1)
+    )
+    if len(delta):
+        reference = torch.distributions.MultivariateNormal(mean, sigma).log_prob(flat(theta, prior.names))
+        assert prior.log_prob(theta).item() == pytest.approx(reference.item(), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_gradient_equals_autograd_through_the_dense_formula_and_through_penalty(rank):
+    prior = make(rank, dtype=torch.float64)
+    theta = {n: t.requires_grad_() for n, t in near(prior, dtype=torch.float64).items()}
+    mean, sigma = dense(prior)
+    delta = torch.cat([theta[n].reshape(-1) for n in prior.names]) - mean
+    reference = torch.autograd.grad(0.5 * delta @ torch.linalg.solve(sigma, delta), list(theta.values()))
+    ours = torch.autograd.grad(3.0 * prior.penalty(theta), list(theta.values()))
+    for a, b in zip(reference, ours, strict=True):
+        torch.testing.assert_close(3 * a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("deviations_dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_deviations_are_the_dense_formula_of_the_stored_numbers(deviations_dtype):
+    prior = make(8, deviations_dtype=deviations_dtype)
+    theta = near(prior)
+    mean, sigma = dense(prior)  # of the rounded deviations: rounding is the storage's, not the arithmetic's
+    delta = flat(theta, prior.names) - mean
+    assert prior.penalty(theta).item() == pytest.approx((0.5 * delta @ torch.linalg.solve(sigma, delta)).item(), rel=5e-6)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    prior = make(4, dtype=torch.float64)
+    theta = near(prior, dtype=torch.float64)
+    value, gradient = prior.penalty_and_gradient(theta)
+    monkeypatch.setattr(module, "_CPU_BLOCK", 3)
+    blocked = make(4, dtype=torch.float64)
+    value_blocked, gradient_blocked = blocked.penalty_and_gradient(theta)
+    assert value_blocked.item() == pytest.approx(value.item(), rel=1e-12)
+    for n in prior.names:
+        torch.testing.assert_close(gradient[n], gradient_blocked[n], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("variance", [1e-4, 1e-6])
+def test_float32_penalty_of_an_exact_draw_keeps_five_digits_where_the_published_form_loses_them(variance):
+    """Snapshots that explain the draw: Woodbury's difference cancels, the sum of squares does not."""
+    size, rank = 20_000, 10
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(size, generator=g)
+    rows = torch.randn(rank, size, generator=g) * 0.03
+    diagonal = torch.full((size,), variance)
+    prior = LowRankGaussian({"w": mean}, {"w": diagonal}, {"w": rows}, diagonal_weight=1.0, low_rank_weight=1.0)
+    draw = prior.sample(generator=g)
+    mean64, rows64, diagonal64 = mean.double(), rows.double(), diagonal.double()
+    exact = torch.distributions.LowRankMultivariateNormal(mean64, rows64.T, diagonal64)
+    constant = 0.5 * (
+        size * math.log(2 * math.pi) + torch.logdet(torch.eye(rank) + rows64 / diagonal64 @ rows64.T) + diagonal64.log().sum()
+    )
+    reference = -(exact.log_prob(draw["w"].double()) + constant).item()
+    ours = prior.penalty(draw).item()
+    published = torch.distributions.LowRankMultivariateNormal(mean, rows.T, diagonal, validate_args=False)
+    constant32 = 0.5 * (size * math.log(2 * math.pi)) + published.variance.new_tensor(0)
+    lost = (
+        -(published.log_prob(draw["w"])).item()
+        - constant32.item()
+        - 0.5 * (torch.logdet(torch.eye(rank) + rows / diagonal @ rows.T) + diagonal.log().sum()).item()
+    )
+    assert abs(ours / reference - 1) < 1e-5  # five digits
+    assert abs(lost / reference - 1) > 10 * abs(ours / reference - 1)
+
+
+def test_samples_have_the_declared_covariance_as_a_chi_square_of_quadratic_forms():
+    """sum of (x - m)^T Sigma^-1 (x - m) over n draws is chi-square with n P degrees of freedom; five standard errors."""
+    prior = make(5, scale=3.0, eps=1e-4)
+    mean, sigma = dense(prior)
+    g = torch.Generator().manual_seed(3)
+    n = 2000
+    draws = torch.stack([flat(prior.sample(generator=g), prior.names) for _ in range(n)]) - mean
+    forms = (draws * torch.linalg.solve(sigma, draws.T).T).sum(1)
+    size = len(mean)
+    assert abs(forms.sum() - n * size) < 5 * math.sqrt(2 * n * size)
+    assert stats.kstest(forms.numpy(), stats.chi2(size).cdf).pvalue > 1e-6
+    assert (draws.mean(0) / (sigma.diagonal() / n).sqrt()).abs().max() < 5
+
+
+def test_samples_have_the_declared_covariance_between_layers():
+    """One off-diagonal block: noise drawn per tensor instead of per sample would make it zero."""
+    shapes = {"first": (3,), "second": (3,)}
+    g = torch.Generator().manual_seed(0)
+    rows = {n: torch.randn(2, 3, generator=g) for n in shapes}
+    small = {n: torch.full((3,), 1e-2) for n in shapes}
+    prior = LowRankGaussian({n: torch.zeros(3) for n in shapes}, small, rows)
+    _, sigma = dense(prior)
+    n = 4000
+    draws = torch.stack([flat(prior.sample(generator=g), prior.names) for _ in range(n)])
+    block = draws[:, :3].T @ draws[:, 3:] / n
+    error = ((sigma.diagonal()[:3, None] * sigma.diagonal()[None, 3:] + sigma[:3, 3:] ** 2) / n).sqrt()
+    assert ((block - sigma[:3, 3:]).abs() < 5 * error).all()
+    assert (sigma[:3, 3:].abs() > 10 * error).any()  # the block is far from zero: the test can fail
+
+
+def test_the_same_generator_gives_the_same_draw():
+    prior = make(3)
+    one = prior.sample(generator=torch.Generator().manual_seed(7))
+    two = prior.sample(generator=torch.Generator().manual_seed(7))
+    assert all(torch.equal(one[n], two[n]) for n in prior.names)
+
+
+def test_marginal_variance_is_the_diagonal_of_sigma():
+    prior = make(4, scale=2.5, eps=1e-3)
+    torch.testing.assert_close(flat(prior.marginal_variance(), prior.names), dense(prior)[1].diagonal(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 6])
+def test_largest_precision_is_the_largest_eigenvalue_of_the_inverse_from_below(rank):
+    prior = make(rank, low=1e-6, high=1e-2, scale=7.0)
+    exact = torch.linalg.eigvalsh(dense(prior)[1].inverse()).max().item()
+    assert 0.9 * exact <= prior.largest_precision() <= exact * (1 + 1e-5)
+
+
+def test_selecting_names_is_the_marginal():
+    prior = make(3, dtype=torch.float64)
+    names = ["conv.bias", "temperature"]
+    mean, sigma = dense(prior)
+    index = [i for i, n in enumerate(n for n in prior.names for _ in range(prior.mean[n].numel())) if n in names]
+    theta = near(prior, dtype=torch.float64)
+    chosen = torch.tensor(index)
+    delta = flat(theta, prior.names)[chosen] - mean[chosen]
+    expected = 0.5 * delta @ torch.linalg.solve(sigma[chosen][:, chosen], delta)
+    assert prior.select(names).penalty(theta).item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_rescaled_replaces_the_scale_and_leaves_eps_alone():
+    prior = make(2, scale=5.0, eps=0.25, dtype=torch.float64)
+    theta = near(prior, dtype=torch.float64)
+    again = prior.rescaled(50.0)
+    mean, sigma = dense(again)
+    delta = flat(theta, prior.names) - mean
+    assert (again.scale, again.eps, prior.scale) == (50.0, 0.25, 5.0)
+    assert again.penalty(theta).item() == pytest.approx((0.5 * delta @ torch.linalg.solve(sigma, delta)).item(), rel=1e-10)
+    assert again.mean["conv.bias"].data_ptr() == prior.mean["conv.bias"].data_ptr()
+
+
+def test_weights_default_to_swags():
+    assert (make(5).diagonal_weight, make(5).low_rank_weight) == (0.5, 1 / 8)
+    assert (make(1).diagonal_weight, make(1).low_rank_weight) == (1.0, 0.0)
+    assert (make(0).diagonal_weight, make(0).low_rank_weight) == (1.0, 0.0)
+
+
+def test_truncated_keeps_the_first_rows_and_reweights_as_the_estimator_would():
+    prior = make(6)
+    short = prior.truncated(3)
+    assert short.rank == 3
+    assert (short.diagonal_weight, short.low_rank_weight) == (0.5, 0.25)
+    assert torch.equal(short.deviations["conv.weight"], prior.deviations["conv.weight"][:3])
+    assert (prior.truncated(0).diagonal_weight, prior.truncated(0).low_rank_weight) == (1.0, 0.0)
+    other = make(6, diagonal_weight=1.0, low_rank_weight=1.0).truncated(3)  # another convention keeps its diagonal
+    assert (other.diagonal_weight, other.low_rank_weight) == (1.0, 2.5)
+    with pytest.raises(ValueError, match="not between 0 and"):
+        prior.truncated(7)
+
+
+def test_an_exactly_singular_looking_low_rank_part_still_has_a_factor():
+    """Equal rows (a converged run) make D^T D rank one; I + U^T A^-1 U stays positive definite."""
+    mean = {"w": torch.zeros(50)}
+    rows = {"w": torch.ones(4, 50)}
+    prior = LowRankGaussian(mean, {"w": torch.full((50,), 1e-6)}, rows)
+    theta = {"w": torch.ones(50) * 0.3}
+    m, sigma = dense(prior)
+    delta = flat(theta, ("w",)) - m
+    assert prior.penalty(theta).item() == pytest.approx((0.5 * delta @ torch.linalg.solve(sigma, delta)).item(), rel=1e-4)
+
+
+def test_bad_numbers_are_named_and_counted():
+    mean, variance = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    bad = {"w": torch.tensor([1.0, 0.0, -1.0, 1.0])}
+    with pytest.raises(PriorNumericsError, match=r"'w' has 2 of 4 entries <= 0 \(smallest -1.000e\+00\).*variance_floor"):
+        LowRankGaussian(mean, bad).check()
+    with pytest.raises(PriorNumericsError, match="'w' has 1 of 4 entries < 0"):
+        LowRankGaussian(mean, bad, eps=0.1).check()
+    with pytest.raises(PriorNumericsError, match="mean of 'w' has 1 of 4 entries that are NaN"):
+        LowRankGaussian({"w": torch.tensor([0.0, float("nan"), 0, 0])}, variance).check()
+    with pytest.raises(PriorNumericsError, match="deviations of 'w' has 2 of 8"):
+        LowRankGaussian(mean, variance, {"w": torch.tensor([[0.0] * 4, [float("inf")] * 2 + [0.0] * 2])}).check()
+    for setting in ({"scale": 0.0}, {"scale": float("inf")}, {"scale": -1.0}, {"eps": -1.0}, {"low_rank_weight": float("nan")}):
+        with pytest.raises(PriorNumericsError, match=next(iter(setting))):
+            LowRankGaussian(mean, variance, **setting)
+    with pytest.raises(PriorNumericsError, match="no Cholesky factor"):
+        LowRankGaussian(mean, variance, {"w": torch.full((2, 4), float("nan"))}).penalty(mean)
+
+
+def test_names_and_shapes_that_disagree_are_named():
+    mean, variance = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    with pytest.raises(PriorMatchError, match="variance name different parameters: v, w"):
+        LowRankGaussian(mean, {"v": torch.ones(4)})
+    with pytest.raises(PriorMatchError, match=r"deviations of 'w' are \(2, 3\)"):
+        LowRankGaussian(mean, variance, {"w": torch.zeros(2, 3)})
+    with pytest.raises(PriorMatchError, match="no value given for parameter 'w'"):
+        LowRankGaussian(mean, variance).penalty({"v": torch.zeros(4)})
+    with pytest.raises(PriorMatchError, match=r"'w' has shape \(5,\)"):
+        LowRankGaussian(mean, variance).penalty({"w": torch.zeros(5)})
+
+
+def test_add_gradient_writes_in_place_for_non_contiguous_outputs_and_skips_missing_names():
+    shapes = {"w": (4, 3, 2, 2), "frozen": (5,)}
+    prior = make(3, shapes=shapes)
+    theta = near(prior)
+    theta["w"] = theta["w"].to(memory_format=torch.channels_last)
+    start = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    into = {"w": start.clone(memory_format=torch.preserve_format)}
+    value, gradient = prior.penalty_and_gradient(theta)
+    returned = prior.add_gradient_(theta, into, 0.5)
+    assert not into["w"].is_contiguous()
+    torch.testing.assert_close(into["w"], start + 0.5 * gradient["w"], rtol=1e-6, atol=1e-6)
+    assert returned.item() == value.item()
+
+
+def test_bfloat16_weights_are_compared_in_float32():
+    prior = make(2)
+    theta = near(prior, dtype=torch.bfloat16)
+    mean, sigma = dense(prior)
+    delta = flat(theta, prior.names) - mean
+    assert prior.penalty(theta).item() == pytest.approx((0.5 * delta @ torch.linalg.solve(sigma, delta)).item(), rel=1e-5)
+
+
+def test_numpy_agrees_on_the_log_density():
+    """A second independent implementation: scipy."""
+    prior = make(2, dtype=torch.float64)
+    theta = near(prior, dtype=torch.float64)
+    mean, sigma = (t.numpy() for t in dense(prior))
+    expected = stats.multivariate_normal(mean, sigma).logpdf(np.asarray(flat(theta, prior.names)))
+    assert prior.log_prob(theta).item() == pytest.approx(expected, rel=1e-9)
