@@ -278,3 +278,16 @@ def test_any_prefix_on_either_side_is_found_or_refused_but_never_bound_wrongly(n
         )
         if (match.strip, match.add) != (old, new):  # another prefix that explains every name as well
             assert {match.rename(old + n) for n in names} <= set(model)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    names=st.lists(st.lists(part, min_size=2, max_size=4).map(".".join), min_size=1, max_size=12, unique=True),
+    strip=st.lists(part, max_size=2),
+    add=st.lists(part, max_size=2),
+)
+def test_with_distinct_shapes_every_prefix_is_found(names, strip, add):
+    size = {n: (i + 1, 3) for i, n in enumerate(names)}
+    old, new = "".join(f"{s}." for s in strip), "".join(f"{a}." for a in add)
+    match = match_names({old + n: s for n, s in size.items()}, {new + n: s for n, s in size.items()})
+    assert match.pairs == {old + n: new + n for n in names}

@@ -1,0 +1,338 @@
+"""SWAG's estimate against two-pass float64 formulas, and its BatchNorm statistics against torch's."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from prior_hub import (
+    PriorFormatError,
+    PriorHubError,
+    PriorMatchError,
+    PriorNumericsError,
+    SwagEstimator,
+    isotropic_prior,
+    recompute_batch_norm,
+)
+from prior_hub.priors.matching import canonical_parameters
+
+
+class Net(nn.Module):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.fc = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.fc(self.drop(self.norm(self.conv(x)).relu().mean((2, 3)))) * self.temperature
+
+
+def walk(model, steps, *, seed=0, size=0.1):
+    """A random walk of the weights; yields after every step."""
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(size * torch.randn(p.shape, generator=g))
+        yield
+
+
+def collect(rank, steps, **options):
+    torch.manual_seed(0)
+    model, estimator, history = Net(), SwagEstimator(rank, **options), []
+    for _ in walk(model, steps):
+        estimator.update(model)
+        history.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    return model, estimator, history
+
+
+@pytest.mark.parametrize(("rank", "steps"), [(0, 5), (1, 4), (4, 3), (5, 5), (4, 11), (20, 30)])
+def test_moments_and_deviations_equal_the_two_pass_formulas(rank, steps):
+    _, estimator, history = collect(rank, steps)
+    prior = estimator.prior()
+    kept = min(rank, steps)
+    assert (prior.rank, prior.config.num_snapshots) == (kept, steps)
+    assert set(prior.mean) == {n for n in history[0] if not n.startswith("fc.")}
+    for n in prior.mean:
+        all_snapshots = np.stack([h[n].double().numpy() for h in history])
+        mean = all_snapshots.mean(0)
+        np.testing.assert_allclose(prior.mean[n], mean, rtol=2e-6, atol=1e-7)
+        np.testing.assert_allclose(prior.variance[n], all_snapshots.var(0, ddof=1), rtol=1e-4)
+        if kept:  # most recent first, about the FINAL mean
+            np.testing.assert_allclose(prior.deviations[n], all_snapshots[::-1][:kept] - mean, rtol=1e-4, atol=1e-6)
+
+
+def test_variance_survives_float32_where_the_spread_is_a_ten_thousandth_of_the_weight():
+    """E[w^2] - mean^2 gives more than half non-positive entries here."""
+    model = nn.ModuleDict({"body": nn.Linear(50, 50)})
+    start = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    estimator, history = SwagEstimator(0, head=(), variance_floor=0.0), []
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                p.copy_(start[n] * (1 + 1e-4 * torch.randn(p.shape, generator=g)))
+        estimator.update(model)
+        history.append(model["body"].weight.detach().double().clone())
+    exact = torch.stack(history).var(0)
+    naive = torch.stack(history).float().square().mean(0) - torch.stack(history).float().mean(0).square()
+    assert (naive <= 0).double().mean() > 0.05
+    relative = (estimator.prior().variance["body.weight"].double() / exact - 1).abs()
+    assert relative.median() < 1e-3
+    assert (estimator.prior().variance["body.weight"] > 0).all()
+
+
+def test_the_prior_of_weights_drawn_from_a_gaussian_has_that_gaussians_covariance():
+    """n = K snapshots: diagonal and low-rank half agree, and together they are unbiased for the marginal variance."""
+    model = nn.ModuleDict({"body": nn.Linear(40, 40, bias=False)})
+    sd = torch.logspace(-3, 0, 1600).view(40, 40)
+    estimator = SwagEstimator(30, head=())
+    g = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        with torch.no_grad():
+            model["body"].weight.copy_(sd * torch.randn(40, 40, generator=g))
+        estimator.update(model)
+    marginal = estimator.prior().gaussian.marginal_variance()["body.weight"]
+    torch.testing.assert_close(marginal, estimator.prior().variance["body.weight"], rtol=1e-4, atol=0)
+    ratio = (marginal / sd.square()).mean().item()
+    assert abs(ratio - 1) < 5 * np.sqrt(2 / 29 / 1600)  # five standard errors of the mean of chi-squares
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5])
+def test_truncating_a_prior_is_estimating_with_a_lower_rank(k):
+    _, big, _ = collect(8, 12)
+    _, small, _ = collect(k, 12)
+    ours, theirs = big.prior().truncated(k), small.prior()
+    assert (ours.gaussian.diagonal_weight, ours.gaussian.low_rank_weight) == (
+        theirs.gaussian.diagonal_weight,
+        theirs.gaussian.low_rank_weight,
+    )
+    for n in theirs.mean:
+        assert torch.equal(ours.mean[n], theirs.mean[n])
+        if k:
+            assert torch.equal(ours.deviations[n], theirs.deviations[n])
+
+
+def test_snapshots_go_into_a_ring_that_is_never_reallocated():
+    model = Net()
+    estimator = SwagEstimator(3)
+    estimator.update(model)
+    places = {n: t.data_ptr() for n, t in estimator.state_dict().items() if not n.startswith("buffer.")}
+    for _ in walk(model, 10):
+        estimator.update(model)
+    assert places == {n: t.data_ptr() for n, t in estimator.state_dict().items() if not n.startswith("buffer.")}
+
+
+def test_saved_state_continues_bit_for_bit(tmp_path):
+    _, whole, _ = collect(4, 9)
+    torch.manual_seed(0)
+    model, first, second = Net(), SwagEstimator(4), SwagEstimator(4)
+    for i, _ in enumerate(walk(model, 9)):
+        (first if i < 5 else second).update(model)
+        if i == 4:
+            first.save(tmp_path / "state.safetensors")
+            second.load(tmp_path / "state.safetensors")
+    a, b = whole.prior(), second.prior()
+    for kind in ("mean", "variance", "deviations", "buffers"):
+        assert getattr(a, kind).keys() == getattr(b, kind).keys()
+        assert all(torch.equal(getattr(a, kind)[n], getattr(b, kind)[n]) for n in getattr(a, kind)), kind
+    assert a.config.head_parameters == b.config.head_parameters
+
+
+def test_a_state_of_another_kind_is_refused(tmp_path):
+    _, estimator, _ = collect(4, 3)
+    estimator.save(tmp_path / "state.safetensors")
+    with pytest.raises(PriorFormatError, match=r"rank=4, this estimator has 5"):
+        SwagEstimator(5).load(tmp_path / "state.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(PriorFormatError, match="not the state of a SwagEstimator"):
+        SwagEstimator(5).load(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "state.safetensors").read_bytes()[:100])
+    with pytest.raises(PriorFormatError, match="not a valid safetensors file"):
+        SwagEstimator(4).load(tmp_path / "cut.safetensors")
+
+
+def test_too_few_snapshots_and_bad_arguments_say_what_to_do():
+    with pytest.raises(PriorNumericsError, match=r"needs two snapshots, there are 0.*every_n_steps"):
+        SwagEstimator().prior()
+    _, estimator, _ = collect(2, 1)
+    with pytest.raises(PriorNumericsError, match="there is 1"):
+        estimator.prior()
+    with pytest.raises(ValueError, match="rank is -1"):
+        SwagEstimator(-1)
+    with pytest.raises(ValueError, match=r"use torch.float32 or torch.float64"):
+        SwagEstimator(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="variance_floor"):
+        SwagEstimator(variance_floor=float("nan"))
+
+
+def test_the_variance_floor_is_applied_counted_and_recorded():
+    model = Net()
+    estimator = SwagEstimator(2, variance_floor=1e-3)
+    for _ in range(3):
+        with torch.no_grad():
+            model.conv.bias.add_(1.0)  # only these four move
+        estimator.update(model)
+    prior = estimator.prior()
+    unmoved = prior.num_parameters - 4
+    assert prior.config.estimator["variance_entries_at_floor"] == unmoved
+    assert prior.config.variance_floor == 1e-3
+    assert prior.variance["conv.weight"].unique().tolist() == [pytest.approx(1e-3)]
+    no_floor = SwagEstimator(2, variance_floor=0.0)
+    for _ in range(2):
+        no_floor.update(model)
+    with pytest.raises(PriorNumericsError, match="pass variance_floor"):
+        no_floor.prior()
+
+
+def test_a_diverged_model_is_refused_and_the_estimate_kept():
+    model, estimator, _ = collect(3, 4)
+    before = {n: t.clone() for n, t in estimator.state_dict().items()}
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(PriorNumericsError, match=r"'conv.weight' has 1 of 36 values.*snapshot 5.*diverged"):
+        estimator.update(model)
+    assert estimator.num_snapshots == 4
+    assert all(torch.equal(t, before[n]) for n, t in estimator.state_dict().items())
+
+
+def test_another_model_is_refused():
+    _, estimator, _ = collect(3, 2)
+    with pytest.raises(PriorMatchError, match="not the model of the first snapshot"):
+        estimator.update(nn.ModuleDict({"fc": nn.Linear(2, 2), "other": nn.Linear(2, 2)}))
+
+
+def test_frozen_parameters_and_the_head_stay_out():
+    model = Net()
+    model.conv.weight.requires_grad_(False)
+    estimator = SwagEstimator(2)
+    for _ in walk(model, 3):
+        estimator.update(model)
+    prior = estimator.prior()
+    assert "conv.weight" not in prior.mean
+    assert prior.config.head_parameters == ("fc.weight", "fc.bias")
+    assert "fc.weight" not in prior.mean
+    with pytest.raises(PriorMatchError, match="no trainable parameters beside its head"):
+        SwagEstimator().update(model.requires_grad_(False))
+
+
+def test_bfloat16_weights_are_accumulated_in_float32():
+    torch.manual_seed(0)
+    model, history, estimator = nn.ModuleDict({"body": nn.Linear(8, 8)}).bfloat16(), [], SwagEstimator(4, head=())
+    for _ in walk(model, 12, size=0.5):
+        estimator.update(model)
+        history.append(model["body"].weight.detach().double().clone())
+    prior = estimator.prior()
+    assert prior.mean["body.weight"].dtype == torch.float32
+    torch.testing.assert_close(prior.mean["body.weight"].double(), torch.stack(history).mean(0), rtol=1e-5, atol=1e-6)
+    assert estimator.prior(deviations_dtype=torch.bfloat16).config.dtype["deviations"] == "bfloat16"
+
+
+def test_what_is_known_about_the_source_is_recorded():
+    _, estimator, _ = collect(2, 3)
+    prior = estimator.prior(
+        base_model="org/net",
+        dataset=["a/b", "c/d"],
+        dataset_license="mit",
+        objective="SimCLR",
+        license="apache-2.0",
+        source={"epochs": 3},
+    )
+    config = prior.config
+    assert config.source == {"objective": "SimCLR", "dataset": ["a/b", "c/d"], "dataset_license": "mit", "epochs": 3}
+    assert (config.base_model, config.license, config.model_type) == ("org/net", "apache-2.0", "Net")
+    assert config.estimator["name"] == "swag"
+    assert config.estimator["batch_norm"] == "last snapshot"
+    assert "torch" in config.libraries
+
+
+# ------------------------------------------------------------------------------------------------- BatchNorm statistics
+
+
+def images(n=40):
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 3 + 1
+
+
+def test_recomputed_batch_norm_equals_torchs_update_bn_at_the_mean_and_leaves_the_model_alone():
+    model, estimator, _ = collect(3, 6)
+    model(images())  # moves the running statistics
+    before = copy.deepcopy(model.state_dict())
+    batches = list(images().split(10))
+    found = recompute_batch_norm(model, batches, parameters=estimator.mean(), progress=False)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, value in estimator.mean().items():
+            canonical_parameters(reference)[n].copy_(value)
+    update_bn(batches, reference)
+    assert set(found) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    for n, value in found.items():
+        torch.testing.assert_close(value, reference.state_dict()[n], rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert model.training
+    assert model.norm.momentum == 0.1
+    prior = estimator.prior(buffers=found)
+    assert prior.config.estimator["batch_norm"] == "recomputed at the mean"
+    assert torch.equal(prior.buffers["norm.running_var"], found["norm.running_var"])
+
+
+def test_an_error_in_the_middle_leaves_the_model_alone():
+    model = Net().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        recompute_batch_norm(
+            model, [images(), torch.zeros(2, 9, 8, 8)], parameters={"temperature": torch.tensor(5.0)}, progress=False
+        )
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not model.norm.training
+    with pytest.raises(PriorHubError, match="gave no batch"):
+        recompute_batch_norm(model, [], progress=False)
+
+
+def test_dictionaries_tuples_and_limits_are_understood():
+    model = Net()
+    batches = [(b, torch.zeros(10)) for b in images().split(10)]
+    whole = recompute_batch_norm(model, batches, progress=False)
+    named = recompute_batch_norm(model, [{"x": b} for b, _ in batches], progress=False)
+    assert torch.equal(whole["norm.running_mean"], named["norm.running_mean"])
+    assert recompute_batch_norm(model, batches, max_batches=2, progress=False)["norm.num_batches_tracked"].item() == 2
+    assert recompute_batch_norm(nn.Linear(2, 2), batches) == {}
+
+
+# ------------------------------------------------------------------------------------------------------- the isotropic
+
+
+def test_the_isotropic_prior_is_l2_sp():
+    """penalty = |w - w0|^2 / (2 scale variance), the head left out."""
+    torch.manual_seed(0)
+    model = Net()
+    prior = isotropic_prior(model, variance=0.5, base_model="org/net").rescaled(3.0)
+    other = Net()
+    distance = sum(
+        (a - b).double().square().sum()
+        for (n, a), b in zip(other.named_parameters(), model.parameters(), strict=True)
+        if "fc" not in n
+    )
+    assert prior.penalty(other).item() == pytest.approx(distance.item() / (2 * 3.0 * 0.5), rel=1e-6)
+    assert prior.config.head_parameters == ("fc.weight", "fc.bias")
+    assert prior.config.estimator == {"name": "isotropic", "variance": 0.5}
+    assert set(prior.buffers) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    with pytest.raises(ValueError, match="variance is 0"):
+        isotropic_prior(model, variance=0)
+
+
+def test_the_isotropic_prior_of_a_prior_keeps_its_mean_names_and_buffers():
+    _, estimator, _ = collect(3, 6)
+    learned = estimator.prior(base_model="org/net", license="mit")
+    flat = isotropic_prior(learned, variance=0.1)
+    assert flat.rank == 0
+    assert flat.config.base_model == "org/net"
+    assert all(torch.equal(flat.mean[n], learned.mean[n]) for n in learned.mean)
+    assert flat.buffers.keys() == learned.buffers.keys()
