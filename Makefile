@@ -36,7 +36,7 @@ test-xet: $(VENV)/.installed  ## the Hub tests against a full Hub server, over X
 	@touch $@
 
 test-lowest: .venv-lowest/.installed  ## quick tests with the lower bound of every dependency
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
