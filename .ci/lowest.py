@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Print them, one a line."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     for requirement in [item for group in groups for item in group]:

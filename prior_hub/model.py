@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from prior_hub import __version__
 from prior_hub.distributed import copy_full_
-from prior_hub.errors import PriorFormatError, PriorMatchError, PriorNotFoundError
+from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError
 from prior_hub.priors.config import PriorConfig
 from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_prior, write_prior
-from prior_hub.registry.card import render_card, update_card
+from prior_hub.registry.card import read_card, render_card, update_card
 from prior_hub.registry.hub import PushResult, download_prior, upload_prior
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
@@ -151,7 +151,7 @@ class PriorModel:
         path = Path(name).expanduser()
         repo_id = commit = None
         if path.is_dir():
-            folder = path / subfolder if subfolder else path
+            folder = path / (subfolder or "").strip("/")
             stored = read_prior(folder, rank=rank, verify=verify)
         else:
             if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -165,16 +165,19 @@ class PriorModel:
                 "cache_dir": cache_dir,
                 "local_files_only": local_files_only,
             }
-            downloaded = download_prior(name, force_download=force_download, **options)
-            repo_id, commit = name, downloaded.commit_hash
             try:
+                downloaded = download_prior(name, force_download=force_download, **options)
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
-            except PriorFormatError:
+            except PriorFormatError as damaged:
                 if local_files_only or force_download:
                     raise
                 # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
-                downloaded = download_prior(name, force_download=True, **(options | {"revision": commit}))
+                try:
+                    downloaded = download_prior(name, repair=True, **options)
+                except PriorConnectionError:
+                    raise damaged from None
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
+            repo_id, commit = name, downloaded.commit_hash
         prior = cls._from_stored(stored, rank, repo_id, commit, verify)
         return prior if scale is None else prior.rescaled(scale)
 
@@ -185,7 +188,10 @@ class PriorModel:
         config = stored.config
         if rank is not None and rank < config.rank:
             weights = truncated_weights(config.rank, rank, config.diagonal_weight, config.low_rank_weight)
-            config = config.replace(rank=rank, diagonal_weight=weights[0], low_rank_weight=weights[1], weight_files={})
+            changes = {"diagonal_weight": weights[0], "low_rank_weight": weights[1], "weight_files": {}}
+            if rank == 0:
+                changes["dtype"] = {**config.dtype, "deviations": config.dtype["mean"]}
+            config = config.replace(rank=rank, **changes)
         gaussian = LowRankGaussian(
             stored.mean,
             stored.variance,
@@ -361,7 +367,7 @@ class PriorModel:
         folder = Path(save_directory)
         self.gaussian.check_positive()
         card_path = folder / CARD_NAME
-        existing = card_path.read_text(encoding="utf-8") if card_path.is_file() else None
+        existing = read_card(card_path) if card_path.is_file() else None
         card = update_card(existing, render_card(self.config, repo_id=repo_id))
         self._write(folder, card, max_shard_size)
         if not push_to_hub:
@@ -410,7 +416,8 @@ class PriorModel:
             PriorAccessError, PriorConnectionError, PriorNotFoundError, PriorHubError: see `upload_prior`.
         """
         with tempfile.TemporaryDirectory(prefix="prior-hub-push-") as folder:
-            self._write(Path(folder), render_card(self.config, repo_id=repo_id, subfolder=subfolder), max_shard_size)
+            card = render_card(self.config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
+            self._write(Path(folder), card, max_shard_size)
             return upload_prior(
                 folder,
                 repo_id,

@@ -165,7 +165,7 @@ def test_a_same_named_same_shaped_head_for_other_classes_does_not_bind():
 
 
 def test_head_names_are_found_where_a_library_says_so_and_refused_where_nobody_does():
-    assert head_parameter_names(meta(lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5))) == [
+    assert head_parameter_names(timm.create_model("vit_tiny_patch16_224", num_classes=5)) == [
         "head.weight",
         "head.bias",
     ]

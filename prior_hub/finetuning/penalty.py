@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prior_hub.distributed import contribution, is_sharded, local_tensor, shard_like, sum_over_ranks
+from prior_hub.distributed import contribution, is_sharded, local_tensor, reshard, shard_like, sum_over_ranks
 from prior_hub.errors import PriorMatchError, PriorWarning
 from prior_hub.model import PriorModel
 from prior_hub.priors.gaussian import LowRankGaussian
@@ -86,11 +87,12 @@ class PriorPenalty:
             raise ValueError(f"head_variance is {head_variance}, expected a finite number > 0, or None for no head prior.")
         self.num_examples = int(num_examples)
         self.head_variance = head_variance
+        _refuse_flattened(model)  # first: what FSDP 1 leaves of names and shapes would only give a confusing mismatch
+        reshard(model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
         self.match: Match = prior.match(
             model, name_map=name_map, include_head=include_head, on_mismatch=on_mismatch, min_coverage=min_coverage
         )
         parameters = canonical_parameters(model)
-        _refuse_flattened(model)
         covered = {target: parameters[target] for target in self.match.pairs.values()}
         self._trained = [name for name, p in covered.items() if p.requires_grad]
         if not self._trained:
@@ -153,7 +155,7 @@ class PriorPenalty:
 
     def curvature(self) -> float:
         """The largest curvature the prior adds to the loss: largest precision / N. Gradient descent needs lr * this < 2."""
-        return self.gaussian.largest_precision() / self.num_examples
+        return max(self.gaussian.largest_precision(), self._head_precision()) / self.num_examples
 
     def warn_if_unstable(self, learning_rate: float, *, stacklevel: int = 2) -> bool:
         """Warn if learning rate x largest precision / N is above 2, where an explicit step overshoots; True if so."""
@@ -161,16 +163,25 @@ class PriorPenalty:
         product = learning_rate * curvature
         if product <= 2:
             return False
-        scale = self.gaussian.scale
-        enough = scale * product / 2
-        eps = f" (its eps of {self.gaussian.eps:g} is not scaled)" if self.gaussian.eps > 0 else ""
+        stable = learning_rate / (2 * self.num_examples)  # no eigenvalue of Sigma may be smaller
+        smallest, eps, scale = 1 / self.gaussian.largest_precision(), self.gaussian.eps, self.gaussian.scale
+        wider = []
+        if self._head_precision() * stable > 1:
+            wider.append(f"prior_head_variance from {self.head_variance:g} to {_two_digits(stable, math.ceil)} or more")
+        if smallest < stable and smallest - eps > 1e-3 * smallest:
+            enough = scale * (stable - eps) / (smallest - eps)
+            wider.append(f"prior_scale from {scale:g} to {_two_digits(enough, math.ceil)} or more")
+        elif smallest < stable:
+            wider.append(f"the prior's eps, {eps:g}, which prior_scale does not change")
+        changes = [f"learning_rate to {_two_digits(2 / curvature, math.floor)} or less", " and ".join(wider)]
+        if smallest < stable:
+            changes.append("or learn the prior with a larger variance_floor")
         warnings.warn(
             f"the prior is too stiff for this learning rate: learning rate {learning_rate:g} x largest precision "
             f"{curvature * self.num_examples:.3g} / N {self.num_examples} = {product:.3g}, and plain gradient steps are stable "
             "only below 2. The weights will oscillate or stay at the prior's mean, and gradient clipping hides why (an "
             "adaptive optimizer will not diverge, but follows the prior's gradient and little else). Change one of: "
-            f"prior_scale from {scale:g} to {enough:.2g} or more{eps}; learning_rate to {2 / curvature:.2g} or less; or learn "
-            f"the prior with a larger variance_floor.",
+            f"{'; '.join(changes)}.",
             PriorWarning,
             stacklevel=stacklevel + 1,
         )
@@ -196,6 +207,9 @@ class PriorPenalty:
         if self._any_sharded:
             sum_over_ranks(total)
         return 0.5 * total / (self.head_variance or 1.0)
+
+    def _head_precision(self) -> float:
+        return 1 / self.head_variance if self._head and self.head_variance is not None else 0.0
 
     def _warn_if_rounded(self, into: dict[str, Tensor]) -> None:
         if self._warned:
@@ -233,6 +247,12 @@ def _localised(
     return gaussian._with(**tensors, **settings)
 
 
+def _two_digits(value: float, rounded: Callable[[float], int]) -> str:
+    """`value` with two significant digits, rounded by `rounded` (floor or ceil) so that advice given as a number holds."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{rounded(value / unit) * unit:.2g}"
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:  # unused in the forward pass: the prior holds all the same
         parameter.grad = torch.zeros_like(parameter)
@@ -240,8 +260,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _refuse_flattened(model: nn.Module) -> None:
-    if any("_flat_param" in name for name, _ in model.named_parameters()):
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise PriorMatchError(
-            "this model is wrapped by FSDP version 1, which flattens parameters and loses their names. Use FSDP2 "
+            "this model is wrapped by FSDP version 1, which flattens parameters and loses their shapes. Use FSDP2 "
             "(fsdp_version: 2 in the accelerate configuration), or DDP."
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.penalty import PriorPenalty
 from prior_hub.model import PriorModel
@@ -75,7 +76,7 @@ class PriorTrainerMixin(_TrainerBase):
     ) -> None:
         settings = kwargs.get("args", args[1] if len(args) > 1 else None)
         chosen = getattr(settings, "prior", None) if prior is None else prior
-        self._prior_settings = {key: getattr(settings, key, default) for key, default in _DEFAULTS.items()}
+        self.args: Any = settings
         self._prior_name_map = prior_name_map
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
@@ -91,12 +92,18 @@ class PriorTrainerMixin(_TrainerBase):
             return
         self._refuse_impossible_setups()
         if self.model_init is None and self._prior_settings["prior_initialize"]:
+            reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
             self.prior.initialize(self.model, **self._matching())
         penalty = self._bind()
         logger.info(f"Prior: {penalty.report()}")
         self.add_callback(_BindPrior(self))
 
     # ---------------------------------------------------------------------------------------------------------- set-up
+
+    @property
+    def _prior_settings(self) -> dict[str, Any]:
+        """Read anew each time: a hyperparameter search writes into `self.args` between two runs."""
+        return {key: getattr(self.args, key, default) for key, default in _DEFAULTS.items()}
 
     def _load_prior(self, prior: str | os.PathLike[str] | PriorModel, token: str | None) -> PriorModel:
         if isinstance(prior, PriorModel):
@@ -172,6 +179,8 @@ class PriorTrainerMixin(_TrainerBase):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer; an optimizer that decays covered parameters is refused."""
+        if self.prior_penalty is not None:
+            reshard(self.model)  # else the optimizer would get the full tensors that an evaluation leaves, which nobody uses
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.prior_penalty is not None:
             self._refuse_double_decay(optimizer)
@@ -207,15 +216,16 @@ class PriorTrainerMixin(_TrainerBase):
         if self._ignores_item_count:
             num_items_in_batch = None
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._nll_total = loss.detach().clone() if self._nll_total is None else self._nll_total + loss.detach()
+        nll = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))  # bfloat16 would lose a sum over steps
+        self._nll_total = nll.clone() if self._nll_total is None else self._nll_total + nll
         if not self.accelerator.sync_gradients:
             return loss
         scaler = getattr(self.accelerator, "scaler", None)
         factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        share = self.prior_penalty.add_gradient_(factor).to(device=loss.device, dtype=loss.dtype)
+        share = self.prior_penalty.add_gradient_(factor).to(device=nll.device, dtype=nll.dtype)
         self._prior_total = share if self._prior_total is None else self._prior_total + share
         self._prior_steps += 1
-        return loss + share
+        return nll + share
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer; beside `loss` stand `nll` and `prior_loss` (penalty / N), the means over the same steps."""
@@ -259,7 +269,7 @@ class PriorTrainerMixin(_TrainerBase):
         Many models accept the argument and ignore it; Trainer then neither divides by the accumulation steps nor averages
         over ranks (transformers issue 47688).
         """
-        windows = self.args.gradient_accumulation_steps * self.args.world_size
+        windows = self.args.gradient_accumulation_steps * self.args.world_size * max(1, self.args.n_gpu)
         asked = self.model_accepts_loss_kwargs and self.compute_loss_func is None
         decided = getattr(self, "loss_is_scaled_for_ga", None) is not None
         if windows == 1 or not asked or decided or num_items is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prior_hub.distributed import is_sharded
+from prior_hub.distributed import is_sharded, reshard, sum_over_ranks
 from prior_hub.errors import PriorHubError, PriorWarning
 from prior_hub.learning.batch_norm import has_batch_norm, recompute_batch_norm
 from prior_hub.learning.swag import SwagEstimator
@@ -23,6 +24,7 @@ from prior_hub.model import PriorModel
 __all__ = ["SwagCallback"]
 
 _STATE_NAME = "swag_state.safetensors"
+_RATES_NAME = "swag_learning_rates.json"
 
 
 class SwagCallback(TrainerCallback):
@@ -108,15 +110,19 @@ class SwagCallback(TrainerCallback):
             )
         self.estimator.reset()
         if state.global_step > 0:
-            self._resume(args, state)
-        del control, model, kwargs
+            self._resume(args, state, model)
+        del control, kwargs
 
-    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
         path = folder / _STATE_NAME
         own = folder / _rank_name()
         if own.is_file() or path.is_file():
             self.estimator.load(own if own.is_file() else path)
+            reshard(model)
+            self.estimator._covered(model)  # refuse another model now, and learn how this one is sharded
+            if (folder / _RATES_NAME).is_file():
+                self._learning_rates = json.loads((folder / _RATES_NAME).read_text(encoding="utf-8"))
             return
         if state.global_step > self._first:
             raise PriorHubError(
@@ -129,7 +135,8 @@ class SwagCallback(TrainerCallback):
     ) -> None:
         """Take a snapshot when one is due."""
         since = state.global_step - self._first
-        if since > 0 and since % self._interval == 0:
+        extra = state.global_step > state.max_steps  # Trainer takes one more step where it resumes a run that was finished
+        if since > 0 and since % self._interval == 0 and not extra:
             self.estimator.update(model)
             scheduler = kwargs.get("lr_scheduler")
             if scheduler is not None and hasattr(scheduler, "get_last_lr"):
@@ -138,11 +145,15 @@ class SwagCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state into the checkpoint that Trainer has just written."""
-        model = kwargs.get("model")
+        model: nn.Module | None = kwargs.get("model")
+        if model is not None:
+            reshard(model)  # else a sharded model does not look like one right after an evaluation
         sharded = model is not None and any(is_sharded(p) for p in model.parameters())
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if (state.is_world_process_zero or sharded) and folder.is_dir():
             self.estimator.save(folder / (_rank_name() if sharded else _STATE_NAME))
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / _RATES_NAME).write_text(json.dumps(self._learning_rates), encoding="utf-8")
         del control
 
     def on_train_end(
@@ -151,15 +162,20 @@ class SwagCallback(TrainerCallback):
         """Recompute BatchNorm statistics at the mean."""
         loader = kwargs.get("train_dataloader")
         if self.batch_norm == "recompute" and self.estimator.num_snapshots and has_batch_norm(model) and loader is not None:
-            with torch.random.fork_rng():  # the pass must not depend on how training was split into runs
+            reshard(model)  # the weights of sharded modules are exchanged, not the full ones that an evaluation may leave
+            with torch.random.fork_rng():  # the pass must not depend on how training was split into runs,
                 torch.manual_seed(args.seed)
-                self._buffers = recompute_batch_norm(
+                if hasattr(loader, "set_epoch"):  # and accelerate's loader shuffles by the epochs it has seen itself
+                    loader.set_epoch(0)
+                own = recompute_batch_norm(
                     model,
                     loader,
                     parameters=self.estimator.mean(),
                     max_batches=self.batch_norm_batches,
                     progress=not args.disable_tqdm and state.is_local_process_zero,
                 )
+            reshard(model)  # the full ones are those of the mean now
+            self._buffers = _over_ranks(own)
         if len(self._learning_rates) > 1 and self._learning_rates[-1] < 0.05 * self._learning_rates[0]:
             warnings.warn(
                 f"the learning rate fell from {self._learning_rates[0]:.3g} to {self._learning_rates[-1]:.3g} while snapshots "
@@ -192,6 +208,23 @@ class SwagCallback(TrainerCallback):
             estimator={**schedule, **(estimator or {})},
             **arguments,
         )
+
+
+def _over_ranks(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics over the batches of all ranks, from each rank's equal-weight average over its own."""
+    result = {}
+    for name, buffer in buffers.items():
+        seen = buffers.get(f"{name.rpartition('.')[0]}.num_batches_tracked")
+        if not buffer.is_floating_point():  # num_batches_tracked itself
+            result[name] = sum_over_ranks(buffer.clone())
+            continue
+        weight = torch.ones_like(buffer.reshape(-1)[:1]) if seen is None else seen.to(buffer.dtype).reshape(1)
+        total = sum_over_ranks(weight.clone())
+        if total.item() == 0:  # a module that no batch reaches
+            result[name] = buffer.clone()
+            continue
+        result[name] = sum_over_ranks(buffer * (weight / total))
+    return result
 
 
 def _rank_name() -> str:

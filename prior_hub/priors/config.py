@@ -10,9 +10,10 @@ import dataclasses
 import json
 import math
 import re
+import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,10 @@ WEIGHTS_PATTERN = re.compile(r"prior\.safetensors|prior-\d{5}-of-\d{5}\.safetens
 MEAN_DTYPES = ("float32", "float64")
 DEVIATION_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _MAX_ENTRIES = 2**53  # entries a shape may declare; beyond it products are no longer exact in JSON readers
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+_REPR.maxlist = _REPR.maxtuple = 8
+_MAX_DEPTH = 100  # levels of nesting; what is read must not exhaust the stack when it is written or described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,28 +90,30 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         if self.family != FAMILY:
-            raise PriorFormatError(f"family is {self.family!r}; this version knows {FAMILY!r} only.")
+            raise PriorFormatError(f"family is {_short(self.family)}; this version knows {FAMILY!r} only.")
         for name in ("scale", "diagonal_weight", "low_rank_weight", "eps", "variance_floor"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value < 0 or (name == "scale" and value == 0):
+            if not _is_finite(value) or value < 0 or (name == "scale" and value == 0):
                 wanted = "> 0" if name == "scale" else ">= 0"
-                raise PriorFormatError(f"{name} is {value!r}, expected a finite number {wanted}.")
+                raise PriorFormatError(f"{name} is {_short(value)}, expected a finite number {wanted}.")
             object.__setattr__(self, name, float(value))
         if not _is_int(self.rank) or self.rank < 0:
-            raise PriorFormatError(f"rank is {self.rank!r}, expected an integer >= 0.")
+            raise PriorFormatError(f"rank is {_short(self.rank)}, expected an integer >= 0.")
         if self.num_snapshots is not None and (not _is_int(self.num_snapshots) or self.num_snapshots < 0):
-            raise PriorFormatError(f"num_snapshots is {self.num_snapshots!r}, expected an integer >= 0 or null.")
+            raise PriorFormatError(f"num_snapshots is {_short(self.num_snapshots)}, expected an integer >= 0 or null.")
         object.__setattr__(self, "parameters", _checked_shapes(self.parameters))
         _check_dtypes(self.dtype)
         for name in ("head_parameters", "buffers"):
             object.__setattr__(self, name, _checked_names(name, getattr(self, name)))
         for alias, target in self.tied_parameters.items():
-            if target not in self.parameters:
-                raise PriorFormatError(f"tied_parameters maps {alias!r} to {target!r}, which is not in parameters.")
+            if not _is_name(alias) or not _is_name(target) or target not in self.parameters:
+                raise PriorFormatError(
+                    f"tied_parameters maps {_short(alias)} to {_short(target)}, expected a name and one of the parameters."
+                )
         for file, digest in self.weight_files.items():
             check_weight_file_name(file)
             if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-                raise PriorFormatError(f"weight_files gives {file!r} the hash {digest!r}, expected 64 hex digits.")
+                raise PriorFormatError(f"weight_files gives {file!r} the hash {_short(digest)}, expected 64 hex digits.")
 
     @property
     def num_parameters(self) -> int:
@@ -119,17 +126,19 @@ class PriorConfig:
 
     def to_json(self) -> str:
         """The text of prior_config.json: indented, keys in schema order, newline at the end."""
-        values = dataclasses.asdict(self) | {"num_parameters": self.num_parameters}
         order = ["format_version", "prior_hub_version", "family", "rank", "scale", "diagonal_weight", "low_rank_weight"]
         order += ["eps", "variance_floor", "num_snapshots", "num_parameters", "dtype", "base_model"]
         order += ["base_model_revision", "model_type", "license", "source", "estimator", "libraries", "weight_files"]
         order += ["head_parameters", "buffers", "tied_parameters", "parameters"]
         try:
-            return json.dumps({key: values[key] for key in order}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        except (TypeError, ValueError) as error:
+            values = dataclasses.asdict(self) | {"num_parameters": self.num_parameters}
+            text = json.dumps({key: values[key] for key in order}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+            parse_json(text.encode("utf-8"), where="it")  # what is written can be read: keys once, depth, size, Unicode
+        except (TypeError, ValueError, RecursionError) as error:
             raise PriorFormatError(
                 f"source or estimator holds a value JSON cannot: {error}. Use strings, numbers, lists and dictionaries."
             ) from error
+        return text
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = CONFIG_NAME) -> PriorConfig:
@@ -146,7 +155,7 @@ class PriorConfig:
         unknown = sorted(raw.keys() - known)
         if unknown:
             warnings.warn(
-                f"{where} has keys this version of prior_hub does not know, and ignores: {', '.join(unknown)} "
+                f"{where} has keys this version of prior_hub does not know, and ignores: {_listed(unknown)} "
                 f"(format {raw['format_version']}, this is {FORMAT_VERSION}). Upgrade prior_hub if they matter.",
                 PriorWarning,
                 stacklevel=2,
@@ -165,7 +174,8 @@ class PriorConfig:
             raise PriorFormatError(f"{where}: {error}") from error
         if declared is not None and declared != config.num_parameters:
             raise PriorFormatError(
-                f"{where}: num_parameters is {declared}, but the shapes under 'parameters' make {config.num_parameters}."
+                f"{where}: num_parameters is {_short(declared)}, but the shapes under 'parameters' make "
+                f"{config.num_parameters}."
             )
         return config
 
@@ -183,26 +193,42 @@ def parse_json(text: str | bytes, *, where: str) -> Any:
         result = dict(pairs)
         if len(result) != len(pairs):
             twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise PriorFormatError(f"{where} gives {', '.join(twice[:5])} more than once.")
+            raise PriorFormatError(f"{where} gives {_listed(twice)} more than once.")
         return result
 
     def no_constant(name: str) -> Any:
-        raise PriorFormatError(f"{where} contains {name}, which is not JSON.")
+        raise PriorFormatError(f"{where} contains {_short(name)[1:-1]}, which is no finite number.")
+
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else no_constant(number)
 
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(decoded, object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except PriorFormatError:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise PriorFormatError(f"{where} is nested more than {_MAX_DEPTH} deep, no prior's configuration is.") from None
+    except ValueError as error:
         raise PriorFormatError(f"{where} is not valid JSON ({error}); it may be truncated: fetch it again.") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for item in level if isinstance(item, (dict, list)) for inner in _items(item)]
+        if not level:
+            return value
+    raise PriorFormatError(f"{where} is nested more than {_MAX_DEPTH} deep, no prior's configuration is.")
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def check_weight_file_name(name: str) -> None:
     """Refuse any weight file name but those the format defines, so that no name can leave the prior's folder."""
     if not isinstance(name, str) or not WEIGHTS_PATTERN.fullmatch(name):
         raise PriorFormatError(
-            f"{name!r} is no name for a prior's weights: expected prior.safetensors or prior-00001-of-0000N.safetensors."
+            f"{_short(name)} is no name for a prior's weights: expected prior.safetensors or prior-00001-of-0000N.safetensors."
         )
 
 
@@ -234,7 +260,7 @@ def _type_name(kind: Any) -> str:
 def _check_version(version: Any, where: str) -> None:
     match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
     if match is None:
-        raise PriorFormatError(f"{where}: format_version is {version!r}, expected one like {FORMAT_VERSION!r}.")
+        raise PriorFormatError(f"{where}: format_version is {_short(version)}, expected one like {FORMAT_VERSION!r}.")
     major, minor = int(match[1]), int(match[2])
     own_major, own_minor = (int(part) for part in FORMAT_VERSION.split("."))
     if major != own_major:
@@ -253,13 +279,16 @@ def _checked_shapes(parameters: Any) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     total = 0
     for name, shape in parameters.items():
-        if not isinstance(name, str) or not name:
-            raise PriorFormatError(f"parameters has the name {name!r}, expected a non-empty string.")
+        if not _is_name(name):
+            raise PriorFormatError(f"parameters has the name {_short(name)}, expected a non-empty string.")
         if not isinstance(shape, (list, tuple)) or not all(_is_int(n) and n >= 0 for n in shape):
-            raise PriorFormatError(f"parameters gives {name!r} the shape {shape!r}, expected a list of integers >= 0.")
-        total += math.prod(shape)
-        if len(shape) > 64 or total > _MAX_ENTRIES:
-            raise PriorFormatError(f"parameters declares an impossible size at {name!r}: shape {list(shape)[:8]}.")
+            raise PriorFormatError(
+                f"parameters gives {_short(name)} the shape {_short(shape)}, expected a list of integers >= 0."
+            )
+        possible = len(shape) <= 64 and all(n <= _MAX_ENTRIES for n in shape)  # before the product: it may have 10**9 digits
+        total += math.prod(shape) if possible else 0
+        if not possible or total > _MAX_ENTRIES:
+            raise PriorFormatError(f"parameters declares an impossible size at {_short(name)}: shape {_short(shape)}.")
         shapes[name] = tuple(shape)
     return shapes
 
@@ -268,11 +297,11 @@ def _check_dtypes(dtype: Mapping[str, Any]) -> None:
     wanted = {"mean": MEAN_DTYPES, "variance": MEAN_DTYPES, "deviations": DEVIATION_DTYPES}
     for kind, allowed in wanted.items():
         if dtype.get(kind) not in allowed:
-            raise PriorFormatError(f"dtype of {kind} is {dtype.get(kind)!r}, expected one of {', '.join(allowed)}.")
+            raise PriorFormatError(f"dtype of {kind} is {_short(dtype.get(kind))}, expected one of {', '.join(allowed)}.")
 
 
 def _checked_names(what: str, names: Any) -> tuple[str, ...]:
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(_is_name(name) for name in names):
         raise PriorFormatError(f"{what} holds something that is not a name.")
     if len(set(names)) != len(names):
         raise PriorFormatError(f"{what} names something twice.")
@@ -283,5 +312,22 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _short(value: Any) -> str:
+    """repr, cut to a readable length: the value may be megabytes of somebody's file."""
+    return _REPR.repr(value)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(_short(name)[1:-1] for name in names[:8]) + more

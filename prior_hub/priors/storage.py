@@ -20,17 +20,18 @@ the old prior or the new one, never a mixture; the next save tidies up. Other fi
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors import safe_open as _safe_open
@@ -57,8 +58,10 @@ __all__ = [
     "CARD_NAME",
     "INDEX_NAME",
     "StoredPrior",
+    "file_sha256",
     "parse_size",
     "prior_files",
+    "read_bounded",
     "read_config",
     "read_prior",
     "write_prior",
@@ -72,6 +75,8 @@ _STAGING = ".prior-staging-"
 _TRASH = ".prior-trash-"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = ("mean", "variance", "deviations")
+_READ_TRIES = 50  # saves that may come in between while one prior is read
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def write_prior(
     """
     folder = Path(folder)
     _check_tensors(config, tensors)
+    config.to_json()  # refuses what JSON cannot hold before gigabytes are written
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
             check_finite(key, tensor)
@@ -124,8 +130,8 @@ def write_prior(
         try:
             hashes = {}
             for name, keys in shards.items():
-                save_file({key: _storable(tensors[key]) for key in keys}, staging / name, metadata={"format": "pt"})
-                hashes[name] = _sha256(staging / name)
+                _save_file({key: tensors[key] for key in keys}, staging / name)
+                hashes[name] = file_sha256(staging / name)
             if len(shards) > 1:
                 total = sum(t.numel() * t.element_size() for t in tensors.values())
                 index = {
@@ -212,8 +218,22 @@ def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[st
     return {f"prior-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
 
 
-def _storable(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
+def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one weight file; tensors that share memory (the same one under two names) are written once per key."""
+    storable: dict[str, Tensor] = {}
+    taken: dict[int, list[tuple[int, int]]] = {}  # storage -> ranges of bytes
+    for key, tensor in tensors.items():
+        flat = tensor.detach().to("cpu").contiguous()
+        start = flat.data_ptr()
+        stop = start + flat.numel() * flat.element_size()
+        ranges = taken.setdefault(flat.untyped_storage().data_ptr(), [])
+        storable[key] = flat.clone() if any(start < b and a < stop for a, b in ranges) else flat
+        ranges.append((start, stop))
+    try:
+        save_file(storable, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"cannot write the prior ({error})", str(path)) from error
 
 
 def _roll_forward(folder: Path) -> None:
@@ -278,7 +298,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -293,8 +314,13 @@ def read_config(folder: str | os.PathLike[str]) -> PriorConfig:
         PriorNotFoundError: the folder is missing or holds no prior.
         PriorFormatError: the file is not a prior's configuration.
     """
-    path = _current(Path(folder)) / CONFIG_NAME
-    return PriorConfig.from_json(_read_bounded(path), where=str(path))
+    folder = Path(folder)
+
+    def read() -> PriorConfig:
+        path = _current(folder) / CONFIG_NAME
+        return PriorConfig.from_json(read_bounded(path), where=str(path))
+
+    return _undisturbed(folder, read)
 
 
 def prior_files(folder: str | os.PathLike[str], config: PriorConfig) -> list[Path]:
@@ -320,13 +346,25 @@ def read_prior(folder: str | os.PathLike[str], *, rank: int | None = None, verif
         PriorNumericsError: NaN or infinities.
     """
     folder = Path(folder)
-    before = _state(folder)
-    try:
-        return _read(folder, rank, verify)
-    except (PriorHubError, OSError):
-        if _state(folder) == before:
-            raise
-        return _read(folder, rank, verify)  # another process saved a new prior here while we were reading the old one
+    return _undisturbed(folder, lambda: _read(folder, rank, verify))
+
+
+def _undisturbed(folder: Path, read: Callable[[], _T]) -> _T:
+    """The result of `read`, again if another process saved a prior meanwhile: it may be a mixture, or an error of one.
+
+    Files are replaced and never written to, so that what was opened once stays what it is.
+    """
+    for _ in range(_READ_TRIES):
+        before = _state(folder)
+        try:
+            result = read()
+        except (PriorHubError, OSError):
+            if _state(folder) == before:
+                raise
+        else:
+            if _state(folder) == before:
+                return result
+    raise PriorHubError(f"{folder} was saved to {_READ_TRIES} times while it was read; wait for the process that does it.")
 
 
 def _state(folder: Path) -> tuple[object, ...]:
@@ -335,7 +373,7 @@ def _state(folder: Path) -> tuple[object, ...]:
     for path in (folder / COMMIT_NAME, folder / CONFIG_NAME):
         try:
             status = path.stat()
-            result.append((status.st_ino, status.st_mtime_ns))
+            result.append((status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
         except OSError:
             result.append(None)
     return tuple(result)
@@ -344,13 +382,13 @@ def _state(folder: Path) -> tuple[object, ...]:
 def _read(folder: Path, rank: int | None, verify: bool) -> StoredPrior:
     current = _current(folder)
     path = current / CONFIG_NAME
-    config = PriorConfig.from_json(_read_bounded(path), where=str(path))
+    config = PriorConfig.from_json(read_bounded(path), where=str(path))
     if rank is not None and not 0 <= rank <= config.rank:
         raise ValueError(f"rank {rank} is not between 0 and {config.rank}, the rank of the prior in {folder}.")
     files = _weight_files(current, config)
     if verify:
         for name, digest in config.weight_files.items():
-            found = _sha256(files[name])
+            found = file_sha256(files[name])
             if found != digest:
                 raise PriorFormatError(
                     f"{files[name]} is not the file this prior was saved with (sha256 {found[:12]}..., expected "
@@ -394,7 +432,8 @@ def _current(folder: Path) -> Path:
     return folder
 
 
-def _read_bounded(path: Path) -> bytes:
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a configuration or an index; refused unread when they are too many."""
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise PriorFormatError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_CONFIG_BYTES} it may have.")
     return path.read_bytes()
@@ -413,7 +452,11 @@ def _weight_files(folder: Path, config: PriorConfig) -> dict[str, Path]:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
     try:
-        with _safe_open(path, framework="pt", device="cpu") as handle:
+        try:
+            file = _safe_open(path, framework="pt", device="cpu")
+        except RuntimeError as error:  # torch opens the file a second time to map it, and may find another one or none
+            raise OSError(errno.EIO, f"cannot map the file ({error})", str(path)) from error
+        with file as handle:
             yield handle
     except SafetensorError as error:
         raise PriorFormatError(f"{path} is not a valid safetensors file ({error}): truncated or damaged.") from error
@@ -431,7 +474,7 @@ def _locate(handles: Mapping[str, Any], folder: Path, config: PriorConfig) -> di
             where[key] = file
     index_path = folder / INDEX_NAME
     if len(handles) > 1 or index_path.is_file():
-        index = parse_json(_read_bounded(index_path), where=str(index_path)) if index_path.is_file() else None
+        index = parse_json(read_bounded(index_path), where=str(index_path)) if index_path.is_file() else None
         mapping = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(mapping, dict):
             raise PriorFormatError(f"{index_path} is missing or has no 'weight_map'.")

@@ -1,43 +1,52 @@
 """The model card of a prior, rendered from its configuration.
 
 The rendered part stands between two comments; a person's own text before and after them survives every rendering, and so
-does every metadata key that is not rendered here.
+does every metadata key that is not rendered here, comments and all.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prior_hub.errors import PriorFormatError
 from prior_hub.priors.config import PriorConfig
 
-__all__ = ["card_metadata", "render_card", "update_card"]
+__all__ = ["card_metadata", "read_card", "render_card", "update_card"]
 
 BEGIN = "<!-- prior_hub: rendered from prior_config.json; text outside these comments is kept -->"
 END = "<!-- prior_hub: end -->"
 PLACEHOLDER = "path/to/this/prior"
-_METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_METADATA = re.compile(r"\A\s*---[ \t]*\r?\n((?:.*?\n)?)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
+_LOAD_LINE = re.compile(r"^prior = PriorModel\.from_pretrained\(.*\)$", re.MULTILINE)
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}(?:/{_HUB_NAME})?")
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LIBRARY_NAME = "prior-hub"
 _TAGS = ("prior-hub", "prior", "bayesian", "transfer-learning")
 
 
 def card_metadata(config: PriorConfig) -> dict[str, Any]:
     """The Hub metadata of a prior's card: what is known, and nothing that is not a valid Hub value."""
-    data: dict[str, Any] = {"library_name": "prior-hub"}
-    if config.license:
+    data: dict[str, Any] = {"library_name": _LIBRARY_NAME}
+    if config.license and _LICENSE_ID.fullmatch(config.license):
         data["license"] = config.license
+    elif config.license:  # not in the form of the Hub's list
+        data |= {"license": "other", "license_name": config.license}
     if config.base_model and _HUB_ID.fullmatch(config.base_model):
         data["base_model"] = config.base_model
     dataset = config.source.get("dataset")
-    datasets = [dataset] if isinstance(dataset, str) else list(dataset or ())
-    valid = [name for name in datasets if isinstance(name, str) and _HUB_ID.fullmatch(name)]
+    valid = [name for name in _as_list(dataset) if isinstance(name, str) and _HUB_ID.fullmatch(name)]
     if valid:
-        data["datasets"] = valid
-    estimator = str(config.estimator.get("name", "")).lower()
-    data["tags"] = [*_TAGS, *([estimator] if re.fullmatch(r"[a-z0-9-]+", estimator) else [])]
+        data["datasets"] = _once(valid)
+    estimator = str(config.estimator.get("name") or "").lower()
+    data["tags"] = _once([*_TAGS, *([estimator] if re.fullmatch(r"[a-z0-9-]+", estimator) else [])])
     return data
 
 
@@ -56,7 +65,7 @@ def render_card(
     body = "\n\n".join(
         [
             BEGIN,
-            f"# {name}",
+            f"# {_plain(name)}",
             _summary(config),
             "## How to use",
             _how_to_use(repo_id or PLACEHOLDER, subfolder),
@@ -78,39 +87,93 @@ def render_card(
 def update_card(existing: str | None, rendered: str, *, repo_id: str | None = None, subfolder: str | None = None) -> str:
     """Put a rendered card into an existing one, keeping what a person wrote.
 
+    A card whose `library_name` is prior-hub, or that has no text yet, gets the prior's metadata. Any other is the card of
+    something else, such as the model the prior lies beside: to its metadata only the prior's tags are added.
+
     Args:
         existing: the card that is there, or None.
-        rendered: a text made by `render_card`, possibly edited around its rendered part.
-        repo_id: replaces the placeholder of the how-to-use block.
+        rendered: a text made by `render_card`, possibly edited around its rendered part; what was written there and is
+            not in `existing` is kept too.
+        repo_id: the name the how-to-use block loads.
         subfolder: added to that block.
     """
     if repo_id:
-        rendered = rendered.replace(_load_line(PLACEHOLDER, None), _load_line(repo_id, subfolder))
+        rendered = _renamed(rendered, _load_line(repo_id, subfolder))
     if not existing:
         return rendered
+    newline = "\r\n" if "\r\n" in existing else "\n"
+    existing, rendered = (text.replace("\r\n", "\n").removeprefix("\ufeff") for text in (existing, rendered))
     new_data, new_body = split_card(rendered)
     old_data, old_body = split_card(existing)
-    start, stop = new_body.find(BEGIN), new_body.find(END)
-    section = new_body[start : stop + len(END)] if 0 <= start < stop else new_body
-    begin, end = old_body.find(BEGIN), old_body.find(END)
-    if 0 <= begin < end:
-        merged = old_data | new_data
-        for key in ("tags", "datasets"):
-            both = [*_as_list(old_data.get(key)), *_as_list(new_data.get(key))]
-            if both:
-                merged[key] = list(dict.fromkeys(both))
-        return _join(merged, old_body[:begin] + section + old_body[end + len(END) :])
-    # the card of something else, such as the model the prior lies beside: its metadata wins, the prior is added
-    merged = new_data | old_data
-    merged["tags"] = list(dict.fromkeys([*_as_list(old_data.get("tags")), *_as_list(new_data.get("tags"))]))
-    return _join(merged, old_body.rstrip() + "\n\n" + section + "\n")
+    both = {key: [*_as_list(old_data.get(key)), *_as_list(new_data.get(key))] for key in ("tags", "datasets")}
+    union = {key: _once(values) for key, values in both.items() if values}
+    if old_data.get("library_name") == _LIBRARY_NAME or not old_body.strip():
+        merged = old_data | new_data | union
+    else:
+        merged = old_data | {key: value for key, value in union.items() if key == "tags"}
+    text = _METADATA.match(existing)
+    metadata = _edited(text[1] if text else "", old_data, merged)
+    body = _merged_body(old_body.lstrip("\n"), new_body)
+    return f"---\n{metadata}---\n\n{body}".replace("\n", newline)
+
+
+def _renamed(rendered: str, load_line: str) -> str:
+    """A rendered card whose how-to-use block has another line for loading."""
+    section = _SECTION.search(rendered)
+    if section is None:
+        return rendered
+    text = _LOAD_LINE.sub(lambda _: load_line, section[0])
+    return rendered[: section.start()] + text + rendered[section.end() :]
+
+
+def _merged_body(old: str, new: str) -> str:
+    """The old text with the new section in place of its own, or at its end; and what else the new text has."""
+    place, section = _SECTION.search(old), _SECTION.search(new)
+    before, middle, after = (new[: section.start()], section[0], new[section.end() :]) if section else ("", new.strip(), "")
+    pieces = [piece.strip() for piece in (before, middle, after)]
+    kept = [piece for i, piece in enumerate(pieces) if piece and (i == 1 or piece not in old)]
+    if place:
+        return old[: place.start()] + "\n\n".join(kept) + old[place.end() :]
+    return "\n\n".join([old.rstrip(), *kept] if old.strip() else kept) + "\n"
+
+
+def _edited(block: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The YAML text `block`, which says `old`, changed to say `new`: only the entries that differ are written anew.
+
+    Writing all of it would lose comments, and what YAML 1.1 takes for something else (`language: no` is False to it).
+    """
+    text = block.rstrip("\n") + "\n" if block.strip() else ""
+    for key, value in new.items():
+        if key in old and old[key] == value:
+            continue
+        lines = rf"^(['\"]?){re.escape(key)}\1[ \t]*:.*\n(?:[ \t]+\S.*\n|-(?:[ \t].*)?\n)*"
+        found, entry = re.search(lines, text, re.MULTILINE), _dumped({key: value})
+        start, stop = found.span() if found else (len(text), len(text))
+        text = text[:start] + entry + text[stop:]
+    try:
+        same = yaml.safe_load(text) == dict(new)
+    except yaml.YAMLError:
+        same = False
+    return text if same else _dumped(new)
+
+
+def read_card(path: Path) -> str:
+    """The text of a card, its line ends as they are.
+
+    Raises:
+        PriorFormatError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PriorFormatError(f"{path} is not UTF-8 text ({error}): convert it, or move it away.") from error
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
     """(metadata, body) of a card.
 
     Raises:
-        ValueError: the metadata block is not a YAML mapping.
+        PriorFormatError: the metadata block is not a YAML mapping.
     """
     match = _METADATA.match(text)
     if match is None:
@@ -118,17 +181,24 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     try:
         data = yaml.safe_load(match[1])
     except yaml.YAMLError as error:
-        raise ValueError(f"the model card's metadata is not valid YAML: {error}") from error
+        raise PriorFormatError(f"the metadata of the model card (README.md) is not valid YAML: {error}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ValueError("the model card's metadata is not a mapping of keys to values.")
+        raise PriorFormatError("the metadata of the model card (README.md) is not a mapping of keys to values.")
     return data, text[match.end() :].lstrip("\n")
 
 
 def _join(data: Mapping[str, Any], body: str) -> str:
-    text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1_000_000)
-    return f"---\n{text}---\n\n{body}"
+    return f"---\n{_dumped(data)}---\n\n{body}"
+
+
+def _dumped(data: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def _once(values: list[Any]) -> list[Any]:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -138,7 +208,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _summary(config: PriorConfig) -> str:
-    over = f"`{config.base_model}`" if config.base_model else f"a `{config.model_type or 'torch'}` model"
+    name = _plain(config.base_model or config.model_type or "torch").replace("`", "'")
+    over = f"`{name}`" if config.base_model else f"a `{name}` model"
     low_rank = f", with a low-rank part of {config.rank} deviations" if config.rank else ""
     return (
         f"A Gaussian prior over {config.num_parameters:,} weights of {over}{low_rank}: what the source task knows about "
@@ -148,8 +219,8 @@ def _summary(config: PriorConfig) -> str:
 
 
 def _load_line(name: str, subfolder: str | None) -> str:
-    folder = f', subfolder="{subfolder}"' if subfolder else ""
-    return f'prior = PriorModel.from_pretrained("{name}"{folder})'
+    folder = f", subfolder={json.dumps(subfolder, ensure_ascii=False)}" if subfolder else ""
+    return f"prior = PriorModel.from_pretrained({json.dumps(name, ensure_ascii=False)}{folder})"
 
 
 def _how_to_use(name: str, subfolder: str | None) -> str:
@@ -175,13 +246,13 @@ def _table(config: PriorConfig) -> str:
     rows = [
         ("parameters under the prior", f"{len(config.parameters)} tensors, {config.num_parameters:,} values"),
         ("rank K (rows of D)", str(config.rank)),
-        ("scale", f"{config.scale:g}"),
-        ("a (diagonal_weight)", f"{config.diagonal_weight:g}"),
-        ("b (low_rank_weight)", f"{config.low_rank_weight:g}"),
-        ("eps", f"{config.eps:g}"),
-        ("variance_floor", f"{config.variance_floor:g}"),
+        ("scale", repr(config.scale)),
+        ("a (diagonal_weight)", repr(config.diagonal_weight)),
+        ("b (low_rank_weight)", repr(config.low_rank_weight)),
+        ("eps", repr(config.eps)),
+        ("variance_floor", repr(config.variance_floor)),
         ("snapshots", snapshots),
-        ("stored as", ", ".join(f"{kind} {dtype}" for kind, dtype in config.dtype.items())),
+        ("stored as", ", ".join(f"{kind} {config.dtype[kind]}" for kind in ("mean", "variance", "deviations"))),
         ("file format", f"prior_hub {config.format_version} (safetensors)"),
     ]
     return _markdown_table(rows)
@@ -191,12 +262,12 @@ def _provenance(config: PriorConfig) -> str:
     revision = f" @ {config.base_model_revision}" if config.base_model_revision else ""
     rows = [("base model", f"{config.base_model}{revision}" if config.base_model else "not recorded")]
     rows += [("model type", config.model_type or "not recorded")]
-    rows += [(key.replace("_", " "), _plain(value)) for key, value in config.source.items()]
-    rows += [(f"estimator: {key.replace('_', ' ')}", _plain(value)) for key, value in config.estimator.items()]
+    rows += [(str(key).replace("_", " "), _plain(value)) for key, value in config.source.items()]
+    rows += [(f"estimator: {str(key).replace('_', ' ')}", _plain(value)) for key, value in config.estimator.items()]
     head = config.head_parameters
     rows += [("source task's head", ", ".join(head[:4]) + (" ..." if len(head) > 4 else "") if head else "none")]
     rows += [("made with", ", ".join(f"{name} {version}" for name, version in config.libraries.items()) or "not recorded")]
-    return _markdown_table(rows)
+    return _markdown_table([(_plain(key), _plain(value)) for key, value in rows])
 
 
 def _limits(config: PriorConfig) -> str:
@@ -208,7 +279,7 @@ def _limits(config: PriorConfig) -> str:
         "- It is no better than its source task: where source and target have little in common, plain fine-tuning or an "
         "isotropic prior at the same mean can do as well or better. Compare with both.",
     ]
-    if config.rank >= 2 and (config.num_snapshots or 0) < 10:
+    if config.rank >= 2 and config.num_snapshots is not None and config.num_snapshots < 10:
         lines.append(f"- It was taken over {config.num_snapshots} snapshots only: its covariance is a rough estimate.")
     if not config.license:
         lines.append("- No licence is recorded. The licences of the base model and of the source data apply.")
@@ -220,13 +291,15 @@ def _markdown_table(rows: list[tuple[str, str]]) -> str:
 
 
 def _plain(value: Any) -> str:
+    """A value as one cell of a table: on one line, and never an HTML comment, which could be taken for one of ours."""
     if isinstance(value, Mapping):
         text = ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     elif isinstance(value, (list, tuple)):
         text = ", ".join(_plain(item) for item in value)
     else:
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
+        text = str(value)
+    text = re.sub(r"(?<!\\)\|", r"\\|", text).replace("<!--", "&lt;!--")
+    return " ".join(text.split())
 
 
 _CITATION = """\

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -29,10 +32,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from prior_hub import __version__
-from prior_hub.errors import PriorAccessError, PriorConnectionError, PriorHubError, PriorNotFoundError
+from prior_hub.errors import (
+    PriorAccessError,
+    PriorConnectionError,
+    PriorFormatError,
+    PriorHubError,
+    PriorNotFoundError,
+)
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_name
-from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, prior_files, read_config
-from prior_hub.registry.card import render_card, update_card
+from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
+from prior_hub.registry.card import read_card, render_card, update_card
 
 try:
     from huggingface_hub.errors import RevisionResolutionError
@@ -46,6 +55,8 @@ __all__ = ["LIBRARY_NAME", "DownloadedPrior", "PushResult", "download_config", "
 
 LIBRARY_NAME = "prior-hub"
 _PUSH_TRIES = 3
+_PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
+_TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,19 @@ def download_prior(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    repair: bool = False,
 ) -> DownloadedPrior:
     """Bring a prior's configuration and weights into the client's cache, all from one commit.
+
+    Args:
+        repo_id: "organisation/name".
+        revision: branch, tag or commit.
+        subfolder: folder inside the repository.
+        token: an access token; the logged-in one when None, none when False.
+        cache_dir: where downloads are kept.
+        local_files_only: use the cache only.
+        force_download: download everything again.
+        repair: download again what is damaged: the configuration, and the weight files that have not its hashes.
 
     Raises:
         PriorNotFoundError: no such repository, revision or sub-folder, or no prior there, or not in the cache.
@@ -94,19 +116,21 @@ def download_prior(
         PriorFormatError: the configuration is not one.
     """
     api = _api(token)
-    config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, force_download)
-    config = PriorConfig.from_json(config_path.read_bytes(), where=f"{CONFIG_NAME} of {repo_id}")
+    again = force_download or repair
+    config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, again)
+    config = PriorConfig.from_json(read_bounded(config_path), where=f"{CONFIG_NAME} of {repo_id}")
     names = [*config.weight_files, *([INDEX_NAME] if len(config.weight_files) > 1 else [])]
-    with _explained(repo_id, revision, subfolder):
-        for name in names:
+    for name in names:
+        path = config_path.parent / name
+        damaged = repair and not (path.is_file() and config.weight_files.get(name) == file_sha256(path))
+        with _explained(repo_id, revision, subfolder):
             api.hf_hub_download(
                 repo_id,
-                name,
-                subfolder=subfolder,
+                _join(subfolder, name),
                 revision=commit,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                force_download=force_download,
+                force_download=force_download or damaged,
             )
     return DownloadedPrior(config_path.parent, repo_id, str(commit))
 
@@ -122,7 +146,7 @@ def download_config(
 ) -> tuple[PriorConfig, str]:
     """The configuration of a prior on the Hub and its commit; no weights are downloaded. Errors as `download_prior`."""
     path, commit = _download_config(_api(token), repo_id, revision, subfolder, cache_dir, local_files_only, False)
-    return PriorConfig.from_json(path.read_bytes(), where=f"{CONFIG_NAME} of {repo_id}"), str(commit)
+    return PriorConfig.from_json(read_bounded(path), where=f"{CONFIG_NAME} of {repo_id}"), str(commit)
 
 
 def _download_config(
@@ -143,8 +167,7 @@ def _download_config(
         )
         path = api.hf_hub_download(
             repo_id,
-            CONFIG_NAME,
-            subfolder=subfolder,
+            _join(subfolder, CONFIG_NAME),
             revision=commit,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -178,6 +201,7 @@ def upload_prior(
         PriorNotFoundError: `folder` holds no prior, or the repository cannot be seen with this token.
         PriorAccessError: the token may not write there.
         PriorConnectionError: the Hub cannot be reached or fails; says whether anything landed.
+        PriorFormatError: a weight file is not the one the configuration describes, or the card is not valid.
         PriorHubError: somebody else pushed meanwhile, or the tag exists.
         ValueError: `tag` together with `create_pr`.
     """
@@ -189,17 +213,27 @@ def upload_prior(
     with _explained(repo_id, revision, subfolder):
         name: str = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id
         branch = revision or "main"
-        if branch != "main" and not create_pr and not branch.startswith("refs/"):
-            api.create_branch(name, branch=branch, exist_ok=True)
         if tag and any(ref.name == tag for ref in api.list_repo_refs(name).tags):
             raise PriorHubError(f"{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it.")
+        if branch != "main" and not create_pr and not branch.startswith("refs/"):
+            api.create_branch(name, branch=branch, exist_ok=True)
     message = commit_message or f"Upload prior (rank {config.rank}) with prior_hub"
     result = _commit(api, name, config, files, branch, subfolder, message, commit_description, create_pr)
     if tag:
-        with _explained(repo_id, revision, subfolder):
-            api.create_tag(name, tag=tag, revision=result.commit_hash)
+        _tag(api, name, tag, result.commit_hash)
         result = PushResult(result.repo_id, result.commit_url, result.commit_hash, result.pull_request_url, tag)
     return result
+
+
+def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        with _explained(repo_id, None, None):
+            api.create_tag(repo_id, tag=tag, revision=commit)
+    except PriorHubError as error:
+        with contextlib.suppress(PriorHubError), _explained(repo_id, None, None):
+            if any(ref.name == tag and ref.target_commit == commit for ref in api.list_repo_refs(repo_id).tags):
+                return  # only the answer was lost
+        raise type(error)(f"The prior was pushed to {repo_id} as {commit[:8]}, but not tagged {tag!r}: {error}") from error
 
 
 def _commit(
@@ -220,6 +254,7 @@ def _commit(
             remote = {sibling.rfilename for sibling in info.siblings or []}
             contents = _contents(api, repo_id, config, files, remote, head, subfolder)
         operations: list[Any] = [CommitOperationAdd(path, content) for path, content in contents.items()]
+        _check_hashes(config, operations)
         operations += [CommitOperationDelete(path) for path in sorted(_stale(remote, files, subfolder))]
         try:
             with _explained(repo_id, branch, subfolder):
@@ -237,10 +272,15 @@ def _commit(
                 raise PriorConnectionError(
                     f"{error} The pull request may have been opened all the same: look before pushing again."
                 ) from error
-            with _explained(repo_id, branch, subfolder):
-                now = api.model_info(repo_id, revision=branch).sha or ""
-                if now != head and _landed(api, repo_id, contents, now):
-                    return PushResult(repo_id, _commit_url(api, repo_id, now), now)
+            try:
+                with _explained(repo_id, branch, subfolder):
+                    now = api.model_info(repo_id, revision=branch).sha or ""
+                    if now != head and _landed(api, repo_id, contents, now):
+                        return PushResult(repo_id, _commit_url(api, repo_id, now), now)
+            except PriorConnectionError:
+                raise PriorConnectionError(
+                    f"{error} Whether this push landed could not be found out: look at {repo_id} before pushing again."
+                ) from error
             if now != head:
                 raise PriorHubError(
                     f"somebody else pushed to {repo_id} ({branch}) meanwhile: it is at {now[:8]}, this push started from "
@@ -248,9 +288,21 @@ def _commit(
                 ) from error
             if attempt == _PUSH_TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
+            time.sleep(_PUSH_WAIT * attempt)
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
+
+
+def _check_hashes(config: PriorConfig, operations: list[Any]) -> None:
+    """Refuse to push weights that are not those of the configuration; the client has hashed them already."""
+    for operation in operations:
+        expected = config.weight_files.get(operation.path_in_repo.rsplit("/", 1)[-1])
+        if expected is not None and operation.upload_info.sha256.hex() != expected:
+            raise PriorFormatError(
+                f"{operation.path_or_fileobj} is not the file this prior was saved with (its sha256 differs): it was "
+                "altered, or another process is saving there. Nothing was pushed. Save the prior again."
+            )
 
 
 def _contents(
@@ -264,10 +316,10 @@ def _contents(
 ) -> dict[str, Path | bytes]:
     """What to upload: paths, and for the card the text that joins it with the one already there."""
     path = _join(subfolder, CARD_NAME)
-    local = files[path].read_text(encoding="utf-8") if path in files else render_card(config)
+    local = read_card(files[path]) if path in files else render_card(config)
     there = None
     if path in remote:
-        there = Path(api.hf_hub_download(repo_id, path, revision=head)).read_text(encoding="utf-8")
+        there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
     return files | {path: update_card(there, local, repo_id=repo_id, subfolder=subfolder).encode()}
 
 
@@ -322,7 +374,8 @@ def _commit_url(api: HfApi, repo_id: str, commit: str) -> str:
 
 
 def _join(subfolder: str | None, name: str) -> str:
-    return f"{subfolder.strip('/')}/{name}" if subfolder else name
+    folder = (subfolder or "").strip("/")
+    return f"{folder}/{name}" if folder else name
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -364,15 +417,33 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
         ) from error
     except (RevisionResolutionError, OfflineModeIsEnabled) as error:
         raise PriorConnectionError(f"{at} cannot be looked up: {_first_line(error)} Connect, or use a cached copy.") from error
+    except LocalTokenNotFoundError as error:
+        raise PriorAccessError(f"{at}: token=True was given, but nobody is logged in here (`hf auth login`).") from error
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+        status = getattr(error.response, "status_code", None) or 0
         if status in (401, 403):
             raise PriorAccessError(
                 f"the Hub refuses {at} ({status}): {_first_line(error)} Check the token and its role."
             ) from error
+        if 400 <= status < 500 and status not in _TRY_AGAIN:
+            raise PriorHubError(f"the Hub does not accept the request for {at} ({status}): {_first_line(error)}") from error
         raise PriorConnectionError(f"the Hub failed on {at} ({status}): {_first_line(error)}") from error
     except (ConnectionError, TimeoutError) as error:
         raise PriorConnectionError(f"the Hub could not be reached for {at}: {_first_line(error)}") from error
+    except OSError as error:
+        if error.errno is not None:  # a full disk, a cache that cannot be written
+            raise
+        raise PriorConnectionError(f"the download of {at} broke off: {_first_line(error)} Try again.") from error
+    except json.JSONDecodeError as error:
+        raise PriorConnectionError(
+            f"what answered for {at} is not the Hub: no JSON ({error}). A proxy or a login page may stand in between."
+        ) from error
+    except ValueError as error:
+        if "Invalid metadata in README.md" not in str(error):
+            raise
+        raise PriorFormatError(
+            f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}"
+        ) from error
     except Exception as error:
         # The client lets errors of its HTTP library through raw, and that library differs between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):

@@ -1,0 +1,389 @@
+"""SwagCallback: the prior of the weights that a Trainer visits, the same whether or not the run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import image_data, quiet_arguments, tiny_bert, tiny_resnet, tiny_vit
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import ExportableState
+
+from prior_hub import (
+    PriorFormatError,
+    PriorHubError,
+    PriorMatchError,
+    PriorModel,
+    PriorNumericsError,
+    PriorWarning,
+    SwagCallback,
+)
+
+torch.set_num_threads(1)
+
+BATCH = 4
+
+
+class Recorder(TrainerCallback):
+    """The weights after each optimizer step, of the run that began last."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.weights = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.weights[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def trainer_with(folder, *callbacks, model=None, data=None, **settings) -> Trainer:
+    defaults = {
+        "learning_rate": 0.05,
+        "optim_args": "momentum=0.9",
+        "train_sampling_strategy": "random",
+        "per_device_train_batch_size": BATCH,
+        "max_steps": 12,
+    }
+    return Trainer(
+        model=tiny_resnet() if model is None else model,
+        args=quiet_arguments(folder, TrainingArguments, **(defaults | settings)),
+        train_dataset=image_data() if data is None else data,
+        callbacks=list(callbacks),
+    )
+
+
+def every_step(**settings) -> SwagCallback:
+    return SwagCallback(**{"rank": 3, "start": 2, "every_n_steps": 1, **settings})
+
+
+def assert_same(found: PriorModel, expected: PriorModel) -> None:
+    """Bit for bit: every tensor, every buffer, and the configuration (names are in no particular order)."""
+    for kind in ("mean", "variance", "deviations", "buffers"):
+        a, b = getattr(found, kind), getattr(expected, kind)
+        assert a.keys() == b.keys()
+        for name, tensor in a.items():
+            assert torch.equal(tensor, b[name]), f"{kind}.{name}"
+    a, b = (prior.config.replace(buffers=tuple(sorted(prior.config.buffers))) for prior in (found, expected))
+    assert a == b
+
+
+def snapshot_steps(callback: SwagCallback, folder, **settings) -> list[int]:
+    """The optimizer steps after which a snapshot is taken."""
+    steps: list[int] = []
+    trainer = trainer_with(folder, callback, model=tiny_vit(), **settings)
+    original = callback.estimator.update
+
+    def update(model: nn.Module) -> None:
+        steps.append(trainer.state.global_step)
+        original(model)
+
+    callback.estimator.update = update  # type: ignore[method-assign]
+    trainer.train()
+    return steps
+
+
+# ------------------------------------------------------------------------------------------------------ what it learns
+
+
+def test_prior_is_that_of_the_weights_visited(tmp_path):
+    recorder, callback = Recorder(), every_step()
+    trainer_with(tmp_path, recorder, callback).train()
+    prior = callback.prior()
+    steps = range(3, 13)  # after the second step, so from the third on
+    assert prior.config.num_snapshots == len(steps)
+    for name, mean in prior.mean.items():
+        visited = torch.stack([recorder.weights[step][name] for step in steps]).double()
+        torch.testing.assert_close(mean.double(), visited.mean(0), rtol=1e-6, atol=1e-7)  # float32 running mean
+        torch.testing.assert_close(prior.variance[name].double(), visited.var(0).clamp(min=1e-12), rtol=1e-3, atol=1e-11)
+        newest_first = visited.flip(0)[:3] - visited.mean(0)
+        torch.testing.assert_close(prior.deviations[name].double(), newest_first, rtol=1e-5, atol=1e-6)
+    assert not any(name.startswith("classifier") for name in prior.mean)
+    assert prior.config.head_parameters == ("classifier.1.weight", "classifier.1.bias")
+
+
+def test_batch_norm_statistics_are_those_at_the_mean_and_the_model_keeps_its_own(tmp_path):
+    callback = every_step()
+    trainer = trainer_with(tmp_path, callback, train_sampling_strategy="sequential")
+    seen = {}
+
+    class Before(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.update({n: t.detach().clone() for n, t in model.state_dict().items()})
+
+    trainer.add_callback(Before())
+    trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, seen[name]), name  # as after the last step
+    prior = callback.prior()
+    reference = tiny_resnet()
+    reference.load_state_dict({**trainer.model.state_dict(), **prior.mean})
+    statistics: dict[str, list[Tensor]] = {}
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = 1.0  # the running statistics are those of the batch
+    data = image_data()
+    for start in range(0, len(data), BATCH):
+        reference.train()
+        reference(**default_data_collator(data[start : start + BATCH]))
+        for name, buffer in reference.named_buffers():
+            statistics.setdefault(name, []).append(buffer.double().clone())
+    assert prior.buffers.keys() == statistics.keys()
+    for name, buffer in prior.buffers.items():
+        if name.endswith("num_batches_tracked"):
+            assert int(buffer) == 7
+        else:
+            expected = torch.stack(statistics[name]).mean(0)
+            torch.testing.assert_close(buffer.double(), expected, rtol=1e-5, atol=1e-6, msg=name)  # float32 running mean
+    assert prior.config.estimator["batch_norm"] == "recomputed at the mean"
+
+
+def test_batch_norm_last_keeps_the_statistics_of_the_last_snapshot(tmp_path):
+    callback = every_step(batch_norm="last")
+    trainer = trainer_with(tmp_path, callback)
+    trainer.train()
+    own = dict(trainer.model.named_buffers())
+    prior = callback.prior()
+    assert prior.buffers.keys() == own.keys()
+    assert all(torch.equal(buffer, own[name]) for name, buffer in prior.buffers.items())
+    assert prior.config.estimator["batch_norm"] == "last snapshot"
+
+
+def test_batch_norm_batches_limits_the_pass(tmp_path):
+    callback = every_step(batch_norm_batches=2)
+    trainer_with(tmp_path, callback).train()
+    tracked = [int(b) for n, b in callback.prior().buffers.items() if n.endswith("num_batches_tracked")]
+    assert tracked
+    assert set(tracked) == {2}
+
+
+def test_prior_records_where_it_comes_from(tmp_path):
+    callback = every_step(rank=4, every_n_steps=2)
+    settings = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.01}}
+    trainer_with(tmp_path, callback, **settings).train()
+    config = callback.prior(base_model="org/model", dataset="cifar10", estimator={"note": "mine"}).config
+    assert config.base_model == "org/model"
+    assert config.source == {"dataset": "cifar10"}
+    recorded = dict(config.estimator)
+    first, last = recorded.pop("learning_rate")
+    assert first > last
+    assert last == pytest.approx(0.01)
+    expected = {"name": "swag", "rank": 4, "snapshots": 5, "start_step": 2, "every_n_steps": 2, "note": "mine"}
+    assert expected.items() <= recorded.items()
+
+
+# -------------------------------------------------------------------------------------------------------------- when
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({"start": 0.5}, [7, 8, 9, 10, 11, 12], id="share of training"),
+        pytest.param({"start": 4}, [5, 6, 7, 8, 9, 10, 11, 12], id="number of steps"),
+        pytest.param({"start": 0}, list(range(1, 13)), id="from the beginning"),
+        pytest.param({"start": 0.0}, list(range(1, 13)), id="share of nothing"),
+        pytest.param({"start": 1}, list(range(2, 13)), id="the integer one is a step, not all of training"),
+        pytest.param({"start": 3, "every_n_steps": 3}, [6, 9, 12], id="every third"),
+        pytest.param({"start": 0.3, "every_n_steps": 4}, [7, 11], id="rounded down, last step left out"),
+    ],
+)
+def test_snapshots_are_taken_after_start_every_n_steps(tmp_path, settings, expected):
+    assert snapshot_steps(every_step(rank=2, **settings), tmp_path) == expected
+
+
+def test_without_every_n_steps_about_twice_the_rank_snapshots_are_spread_over_what_is_left(tmp_path):
+    few = snapshot_steps(every_step(start=20, every_n_steps=None), tmp_path, max_steps=140)
+    assert few == list(range(24, 141, 4))  # 30 at least: 120 steps / 30
+    many = snapshot_steps(every_step(start=0.0, every_n_steps=None, rank=20), tmp_path, max_steps=80)
+    assert many == list(range(2, 81, 2))  # 2 x rank = 40
+
+
+def test_accumulation_counts_optimizer_steps(tmp_path):
+    callback = every_step(rank=2)
+    assert snapshot_steps(callback, tmp_path, max_steps=4, gradient_accumulation_steps=3, per_device_train_batch_size=2) == [
+        3,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": 1.0}, "0 <= start < 1; give steps as an int"),
+        ({"start": -0.1}, "share of training"),
+        ({"start": -1}, "0 or more steps"),
+        ({"every_n_steps": 0}, "1 or more"),
+        ({"batch_norm": "none"}, "'recompute' or 'last'"),
+        ({"rank": -1}, "0 .diagonal only. or more"),
+    ],
+)
+def test_impossible_settings_are_value_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        every_step(**settings)
+
+
+# ----------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_fewer_snapshots_than_rank_warn_before_training(tmp_path):
+    callback = every_step(rank=5, start=8)
+    with pytest.warns(PriorWarning, match=r"12 steps with start=8 and every 1 steps give 4 snapshots, fewer than rank=5"):
+        trainer_with(tmp_path, callback).train()
+    assert callback.prior().rank == 4  # those there are
+
+
+def test_start_after_the_end_warns_and_has_no_prior(tmp_path):
+    callback = every_step(start=100)
+    with pytest.warns(PriorWarning, match="give 0 snapshots"):
+        trainer_with(tmp_path, callback).train()
+    with pytest.raises(PriorNumericsError, match="two snapshots, there are 0"):
+        callback.prior()
+
+
+def test_a_learning_rate_that_decays_to_nothing_warns_also_across_a_resume(tmp_path):
+    settings = {"lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 11}
+    with pytest.warns(PriorWarning, match=r"the learning rate fell from 0\.0375 to 0"):
+        trainer_with(tmp_path, every_step(), **settings).train()
+    with pytest.warns(PriorWarning, match=r"the learning rate fell from 0\.0375 to 0"):  # one snapshot is left after step 11
+        trainer_with(tmp_path, every_step(), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        pytest.param({}, 8, id="the ring has wrapped"),
+        pytest.param({"rank": 8}, 4, id="the ring is not full"),
+        pytest.param({"start": 0.5}, 5, id="before the first snapshot"),
+        pytest.param({"every_n_steps": 4}, 9, id="between two snapshots"),
+        pytest.param({"batch_norm": "last", "rank": 0}, 7, id="epoch boundary, last statistics, diagonal"),
+        pytest.param({"device": "cpu"}, 12, id="after the last step"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fewer than rank")  # few steps, so that the test is quick
+def test_a_resumed_run_gives_the_same_prior_bit_for_bit(tmp_path, settings, saved):
+    """A model with BatchNorm, momentum, shuffled data, and a checkpoint in the middle of the snapshots."""
+    whole = every_step(**settings)
+    trainer_with(
+        tmp_path / "whole", whole, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 0.01}
+    ).train()
+
+    arguments = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.01}}
+    arguments |= {"save_strategy": "steps", "save_steps": saved}
+    first = trainer_with(tmp_path / "parts", every_step(**settings), **arguments)
+    first.add_callback(Stop(saved))
+    first.train()
+    resumed = every_step(**settings)
+    trainer_with(tmp_path / "parts", resumed, model=tiny_resnet(seed=9), **arguments).train(
+        resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{saved}")
+    )
+    assert_same(resumed.prior(), whole.prior())
+
+
+class Stop(TrainerCallback):
+    """Ends training after a step, as an interruption does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def checkpointed(folder, *callbacks, step: int = 6) -> str:
+    trainer_with(folder, *callbacks, save_strategy="steps", save_steps=step, max_steps=12).train()
+    return str(folder / f"checkpoint-{step}")
+
+
+def test_state_in_a_checkpoint_is_safetensors_and_json_and_not_in_trainers_own_state(tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    checkpointed(plain)
+    checkpoint = checkpointed(ours, every_step())
+    new = {p.name for p in (ours / "checkpoint-6").iterdir()} - {p.name for p in (plain / "checkpoint-6").iterdir()}
+    assert new == {"swag_state.safetensors", "swag_learning_rates.json"}
+    assert not isinstance(every_step(), ExportableState)
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    assert "SwagCallback" not in state["stateful_callbacks"]
+
+
+def test_resuming_without_the_state_says_what_is_missing_and_what_to_pass(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    with pytest.raises(
+        PriorHubError, match=r"after the first snapshot, but .*swag_state.safetensors is not there.*resume_from"
+    ):
+        trainer_with(tmp_path, every_step()).train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_before_the_first_snapshot_needs_no_state_and_saves_its_own(tmp_path):
+    """A callback unknown to the checkpoint must not break the next save either."""
+    checkpoint = checkpointed(tmp_path)
+    callback = every_step(start=6)
+    trainer_with(tmp_path, callback, save_strategy="steps", save_steps=6).train(resume_from_checkpoint=checkpoint)
+    assert callback.estimator.num_snapshots == 6
+    assert (tmp_path / "checkpoint-12" / "swag_state.safetensors").is_file()
+
+
+def test_resume_from_names_a_checkpoint_elsewhere(tmp_path):
+    whole = every_step()
+    checkpoint = checkpointed(tmp_path / "old", whole)
+    moved = tmp_path / "new place"
+    shutil.copytree(checkpoint, moved)
+    resumed = every_step(resume_from=moved)
+    trainer_with(tmp_path / "out", resumed).train(resume_from_checkpoint=str(moved))
+    assert_same(resumed.prior(), whole.prior())
+
+
+def test_a_state_taken_otherwise_or_of_another_model_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path, every_step())
+    with pytest.raises(PriorFormatError, match="taken with rank=3, this estimator has 4"):
+        trainer_with(tmp_path, every_step(rank=4)).train(resume_from_checkpoint=checkpoint)
+    other = every_step(resume_from=checkpoint)
+    trainer = trainer_with(tmp_path, other, model=tiny_bert())
+    trainer.state.global_step, trainer.state.max_steps = 6, 12
+    with pytest.raises(PriorMatchError, match="not the model of the first snapshot"):
+        other.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+# ------------------------------------------------------------------------------------------------------ starting again
+
+
+def test_a_second_train_forgets_the_first(tmp_path):
+    """The estimate is of the second run alone."""
+    recorder, callback = Recorder(), every_step()
+    trainer = trainer_with(tmp_path, recorder, callback)
+    trainer.train()
+    first = callback.prior()
+    trainer.train()
+    second = callback.prior()
+    assert second.config.num_snapshots == first.config.num_snapshots == 10
+    for name, mean in second.mean.items():
+        visited = torch.stack([recorder.weights[step][name] for step in range(3, 13)]).double()
+        torch.testing.assert_close(mean.double(), visited.mean(0), rtol=1e-6, atol=1e-7)  # float32 running mean
+
+
+def test_a_restart_with_a_smaller_batch_forgets_the_failed_attempt(tmp_path):
+    """auto_find_batch_size starts the loop again with the same callbacks."""
+
+    class OutOfMemory(TrainerCallback):
+        failed = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7 and not self.failed:
+                self.failed += 1
+                raise RuntimeError("CUDA out of memory.")
+
+    recorder, failing, callback = Recorder(), OutOfMemory(), every_step()
+    trainer_with(tmp_path, recorder, callback, failing, auto_find_batch_size=True).train()
+    assert failing.failed == 1
+    prior = callback.prior()
+    assert prior.config.num_snapshots == 10
+    for name, mean in prior.mean.items():
+        visited = torch.stack([recorder.weights[step][name] for step in range(3, 13)]).double()
+        torch.testing.assert_close(mean.double(), visited.mean(0), rtol=1e-6, atol=1e-7)  # float32 running mean

@@ -1,0 +1,709 @@
+"""Format 1.0 on disk: what is written comes back bit for bit; what was altered, truncated or forged is refused in words."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from priors_for_tests import (
+    SHAPES,
+    assert_same,
+    differences,
+    edit_config,
+    random_prior,
+    tensors_of,
+)
+from safetensors.torch import load_file, save_file
+from test_config import mutated_configs
+
+from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError, PriorNumericsError, PriorWarning
+from prior_hub.model import PriorModel
+from prior_hub.priors import storage
+from prior_hub.priors.config import MAX_CONFIG_BYTES
+from prior_hub.priors.storage import INDEX_NAME, parse_size, prior_files, read_config, read_prior, write_prior
+
+GOLDEN = Path(__file__).parent / "golden" / "format-1.0"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
+SHARD = 200  # bytes: the SHAPES at rank 3 make several files
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A prior in one file."""
+    random_prior().save_pretrained(tmp_path / "prior")
+    return tmp_path / "prior"
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    """The same prior in several files."""
+    random_prior().save_pretrained(tmp_path / "sharded", max_shard_size=SHARD)
+    return tmp_path / "sharded"
+
+
+def saved_and_loaded(prior: PriorModel, folder: Path, **options: Any) -> PriorModel:
+    prior.save_pretrained(folder, **options)
+    return PriorModel.from_pretrained(folder)
+
+
+def weight_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def sign(folder: Path) -> None:
+    """Record the hashes of the weight files as they are now: what a forger, or a buggy writer, would do."""
+    edit_config(
+        folder, weight_files={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in weight_files(folder)}
+    )
+
+
+def edit_tensors(folder: Path, name: str = "prior.safetensors", **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) remove tensors of a weight file; "__" stands for a dot."""
+    tensors = load_file(folder / name)
+    tensors |= {key.replace("__", "."): value for key, value in changes.items()}
+    save_file({key: value.clone() for key, value in tensors.items() if value is not None}, folder / name)
+
+
+def raw_safetensors(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def refused(folder: Path, *words: str, kind: type[Exception] = PriorFormatError, **options: Any) -> str:
+    """The message of the error, which has these words and is readable."""
+    with pytest.raises(kind) as caught:
+        PriorModel.from_pretrained(folder, **options)
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert len(message) < 1500
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------- round trip
+@pytest.mark.parametrize("rank", [0, 1, 2, 20])
+@pytest.mark.parametrize("shard", ["5GB", SHARD])
+def test_a_prior_comes_back_bit_for_bit_from_one_file_and_from_many(tmp_path, rank, shard):
+    prior = random_prior(rank=rank)
+    found = saved_and_loaded(prior, tmp_path, max_shard_size=shard)
+    assert_same(found, prior)
+    assert len(weight_files(tmp_path)) == len(found.config.weight_files)
+    assert (len(found.config.weight_files) > 1) == (tmp_path / INDEX_NAME).is_file() == (shard != "5GB")
+
+
+@pytest.mark.parametrize("deviations", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mean", [torch.float32, torch.float64])
+def test_every_stored_type_comes_back_as_itself(tmp_path, mean, deviations):
+    prior = random_prior(mean=mean, deviations=deviations)
+    found = saved_and_loaded(prior, tmp_path)
+    assert_same(found, prior)
+    assert found.deviations["layer.bias"].dtype == deviations
+    assert found.variance["layer.bias"].dtype == mean
+
+
+def test_buffers_of_any_type_come_back_with_their_values(tmp_path):
+    buffers = {
+        "bn.num_batches_tracked": torch.tensor(2**53 + 1),
+        "seen": torch.tensor([True, False]),
+        "counts": torch.arange(3, dtype=torch.uint8),
+        "half": torch.tensor([0.5], dtype=torch.bfloat16),
+        "nothing": torch.zeros(0, 3),
+    }
+    prior = random_prior()
+    prior = PriorModel(prior.gaussian, prior.config.replace(buffers=tuple(buffers)), buffers)
+    found = saved_and_loaded(prior, tmp_path)
+    assert_same(found, prior)
+    assert found.buffers["bn.num_batches_tracked"].item() == 2**53 + 1
+
+
+def test_extreme_numbers_come_back_bit_for_bit(tmp_path):
+    values = torch.tensor([-0.0, 1e-45, 3.4e38, -1e-38, 1 + 2**-23])
+    tiny = torch.full((5,), 1e-45)
+    prior = PriorModel.from_tensors({"w": values}, {"w": tiny}, {"w": torch.stack([values, -values])}, scale=5e-324)
+    assert_same(saved_and_loaded(prior, tmp_path), prior)
+
+
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+SMALL_SHAPES = st.lists(st.integers(0, 3), max_size=4).map(tuple)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.dictionaries(NAMES, SMALL_SHAPES, min_size=1, max_size=4),
+    rank=st.integers(0, 4),
+    deviations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    shard=st.integers(1, 400),
+    seed=st.integers(0, 2**31),
+)
+def test_any_names_and_shapes_come_back_bit_for_bit(tmp_path, shapes, rank, deviations, shard, seed):
+    prior = random_prior(seed, rank, shapes, deviations=deviations)
+    assert_same(saved_and_loaded(prior, tmp_path, max_shard_size=shard), prior)
+
+
+def test_tensors_that_share_memory_are_written_once_per_name(tmp_path):
+    ones, flat = torch.ones(4), torch.arange(1.0, 9)
+    mean = {"a": flat[:4], "b": flat[2:6], "c": flat[4:]}
+    prior = PriorModel.from_tensors(mean, dict.fromkeys("abc", ones), {n: ones.expand(3, 4) for n in "abc"})
+    assert_same(saved_and_loaded(prior, tmp_path), prior)
+
+
+def test_parameters_that_need_gradients_and_odd_strides_can_be_saved(tmp_path):
+    weight = torch.nn.Parameter(torch.randn(4, 6)).t()
+    prior = PriorModel.from_tensors({"w": weight}, {"w": torch.ones(6, 4)}, {"w": torch.randn(6, 4, 3).permute(2, 0, 1)})
+    found = saved_and_loaded(prior, tmp_path)
+    assert differences(found, prior) == []
+    assert not found.mean["w"].requires_grad
+
+
+def test_a_prior_can_be_saved_over_the_files_it_is_mapped_from(folder):
+    expected = random_prior()
+    lazy = PriorModel.from_pretrained(folder, verify=False)
+    lazy.save_pretrained(folder, max_shard_size=SHARD)
+    assert_same(PriorModel.from_pretrained(folder), expected)
+    assert_same(lazy, expected)
+
+
+@pytest.mark.parametrize("limit", [1, 50, SHARD, 10_000])
+def test_shards_keep_to_the_limit_but_for_single_larger_tensors(tmp_path, limit):
+    prior = random_prior()
+    config = write_prior(tmp_path, prior.config, tensors_of(prior), max_shard_size=limit)
+    for name in config.weight_files:
+        tensors = load_file(tmp_path / name)
+        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
+    if limit < 10_000:
+        index = json.loads((tmp_path / INDEX_NAME).read_text())
+        assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors_of(prior).values())
+        assert index["weight_map"].keys() == tensors_of(prior).keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 kB", 1500), ("2KiB", 2048), ("1GiB", 2**30), ("7B", 7), (9, 9)],
+)
+def test_sizes_are_read_as_the_hub_writes_them(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "-1GB", "0MB", "5 gigabytes", 0, -3, ""])
+def test_a_size_that_is_none_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"max_shard_size is.*expected"):
+        parse_size(text)
+
+
+# ---------------------------------------------------------------------------------------------------------- rank
+@pytest.mark.parametrize("shard", ["5GB", SHARD])
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 5])
+def test_loading_with_a_rank_is_truncating_to_it(tmp_path, kept, shard):
+    prior = random_prior(rank=5, deviations=torch.bfloat16)
+    prior.save_pretrained(tmp_path, max_shard_size=shard)
+    assert_same(PriorModel.from_pretrained(tmp_path, rank=kept), prior.truncated(kept))
+
+
+def test_a_rank_the_prior_does_not_have_is_refused(folder):
+    for rank in (-1, 4):
+        with pytest.raises(ValueError, match=f"rank {rank} is not between 0 and 3"):
+            PriorModel.from_pretrained(folder, rank=rank)
+
+
+def test_rows_beyond_the_rank_are_not_looked_at(folder):
+    rows = load_file(folder / "prior.safetensors")["deviations.layer.weight"]
+    rows[2:] = float("nan")
+    edit_tensors(folder, deviations__layer__weight=rows)
+    refused(folder, "sha256")
+    for options in ({"verify": False}, {}):
+        if not options:
+            sign(folder)
+        found = PriorModel.from_pretrained(folder, rank=2, **options)
+        assert_same(found, random_prior().truncated(2))
+    refused(folder, "deviations.layer.weight", "12 of 36 entries", kind=PriorNumericsError)
+
+
+def peak_memory_of(action: Any) -> int:
+    """Bytes by which the resident memory of a fork of this process grows at most while it does `action`."""
+    receive, send = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the threads of the loopback Hub do not matter to the child
+        child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # the pool of the parent's threads is not there
+            status = Path("/proc/self/status")
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+            before = int(status.read_text().split("VmRSS:")[1].split()[0])
+            result = action()
+            peak = int(status.read_text().split("VmHWM:")[1].split()[0])
+            os.write(send, f"{(peak - before) * 1024} {result}".encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    assert answer, "the child died"
+    return int(answer.split()[0])
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """A prior of 8 deviations of 64 MiB, nearly all of it a hole in the file; only its configuration was written honestly."""
+    size = 2**24
+    folder = tmp_path / "large"
+    PriorModel.from_tensors({"w": torch.zeros(1)}, {"w": torch.ones(1)}, {"w": torch.zeros(8, 1)}).save_pretrained(folder)
+    keys = {"deviations.w": 8, "mean.w": 1, "variance.w": 1}
+    header, start = {}, 0
+    for key, rows in keys.items():
+        shape = [rows, size] if rows > 1 else [size]
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start := start + 4 * rows * size]}
+    content = raw_safetensors(header)
+    with (folder / "prior.safetensors").open("wb") as file:
+        file.write(content)
+        file.truncate(len(content) + start)
+    edit_config(folder, parameters={"w": [size]}, num_parameters=size)
+    return folder
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory through /proc")
+
+
+@linux
+def test_without_verification_640_mb_are_mapped_and_not_read(large):
+    assert peak_memory_of(lambda: read_prior(large, verify=False).deviations["w"][7, 5].item()) < 30_000_000
+    # the measurement can fail: one read of all values is seen
+    assert peak_memory_of(lambda: read_prior(large, verify=False).deviations["w"].sum().item()) > 400_000_000
+
+
+@linux
+def test_with_a_rank_only_the_first_rows_are_read(large):
+    def total(rank: int) -> float:
+        return read_prior(large, rank=rank, verify=False).deviations["w"].sum().item()
+
+    assert 100_000_000 < peak_memory_of(lambda: total(2)) < 200_000_000  # two rows of eight: 128 MiB
+
+
+# ---------------------------------------------------------------------------------------------------------- golden
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_the_golden_folder_of_format_1_0_still_gives_exactly_these_numbers(kind):
+    prior = PriorModel.from_pretrained(GOLDEN / kind)
+    names = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "I64": torch.int64}
+    found = tensors_of(prior)
+    assert sorted(found) == sorted(EXPECTED["tensors"])
+    for key, entry in EXPECTED["tensors"].items():
+        assert found[key].dtype == names[entry["dtype"]]
+        assert list(found[key].shape) == entry["shape"]
+        assert found[key].tolist() == entry["values"], key
+    for key, value in EXPECTED["settings"].items():
+        assert getattr(prior.config, key) == value
+    assert (prior.gaussian.scale, prior.gaussian.eps) == (EXPECTED["settings"]["scale"], EXPECTED["settings"]["eps"])
+
+
+def test_the_golden_prior_has_the_penalty_of_the_dense_formula():
+    prior = PriorModel.from_pretrained(GOLDEN / "single")
+    zero = {name: torch.zeros_like(mean) for name, mean in prior.mean.items()}
+    # float32 elementwise work: 30 values, each rounded a few times
+    assert prior.penalty(zero).item() == pytest.approx(EXPECTED["penalty_at_zero"], rel=3e-6)
+
+
+def test_the_golden_configuration_keeps_its_meaning():
+    config = read_config(GOLDEN / "single")
+    assert config.format_version == "1.0"
+    assert config.tied_parameters == {"decoder.weight": "encoder.0.weight"}
+    assert config.head_parameters == ("head.bias",)
+    assert config.buffers == ("bn.running_mean", "bn.num_batches_tracked")
+    assert config.parameters == {"encoder.0.weight": (2, 3), "encoder.0.bias": (2,), "scale": (), "head.bias": (2,)}
+    assert (config.base_model, config.license) == ("org/golden-net", "apache-2.0")
+    assert config.source["dataset"] == "org/golden-images"
+    assert config.replace(weight_files={}) == read_config(GOLDEN / "sharded").replace(weight_files={})
+
+
+def test_golden_files_have_the_layout_of_format_1_0():
+    assert weight_files(GOLDEN / "single") == ["prior.safetensors"]
+    assert weight_files(GOLDEN / "sharded") == [f"prior-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    for kind in ("single", "sharded"):
+        names = {path.name for path in prior_files(GOLDEN / kind, read_config(GOLDEN / kind))}
+        assert names == {path.name for path in (GOLDEN / kind).iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------- not there
+def test_a_missing_folder_is_named(tmp_path):
+    refused(tmp_path / "nope", "nope", kind=PriorNotFoundError)
+
+
+def test_a_folder_without_a_prior_says_what_it_holds_and_where_to_look(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    refused(tmp_path, "no prior_config.json", "config.json, model.safetensors", "subfolder=", kind=PriorNotFoundError)
+    refused(tmp_path, "not a folder", kind=PriorNotFoundError, subfolder="deeper")
+
+
+def test_a_prior_in_a_subfolder_is_found(folder):
+    folder.rename(folder.parent / "inner")
+    assert_same(PriorModel.from_pretrained(folder.parent, subfolder="inner"), random_prior())
+
+
+def test_the_weights_file_itself_is_not_taken_for_a_folder(folder):
+    refused(folder / "prior.safetensors", "prior.safetensors", kind=PriorNotFoundError)
+
+
+# ---------------------------------------------------------------------------------------------------------- altered
+@pytest.mark.parametrize("place", [0, 8, 40, -1])
+def test_a_flipped_bit_is_found_by_its_hash(folder, place):
+    path = folder / "prior.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    refused(folder, "prior.safetensors", "sha256", "altered", "download it again")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_truncated_file_is_refused_with_and_without_verification(folder, keep, verify):
+    path = folder / "prior.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, "prior.safetensors", "truncated", verify=verify)
+
+
+def test_a_missing_shard_is_named_and_counted(sharded):
+    names = weight_files(sharded)
+    (sharded / names[1]).unlink()
+    refused(sharded, names[1], f"1 of {len(names)} weight files")
+
+
+def test_a_configuration_without_weight_files_is_refused(folder):
+    edit_config(folder, weight_files={})
+    refused(folder, "lists no weight files")
+
+
+def test_the_hash_of_another_file_is_refused(sharded):
+    names = weight_files(sharded)
+    first, second = ((sharded / name).read_bytes() for name in names[:2])
+    (sharded / names[0]).write_bytes(second)
+    (sharded / names[1]).write_bytes(first)
+    refused(sharded, "sha256")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [("mean", float("nan"), "NaN"), ("mean", float("inf"), "infinite"), ("variance", float("nan"), "NaN"),
+     ("deviations", -float("inf"), "infinite")],
+)  # fmt: skip
+def test_values_that_are_not_finite_are_refused_although_their_hash_is_right(folder, kind, value, words):
+    key = f"{kind}.layer.weight"
+    tensor = load_file(folder / "prior.safetensors")[key]
+    tensor.view(-1)[5] = value
+    edit_tensors(folder, **{key.replace(".", "__"): tensor})
+    sign(folder)
+    refused(folder, key, "1 of", words, kind=PriorNumericsError)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3])
+def test_a_variance_that_is_not_positive_is_refused_and_counted(folder, value):
+    variance = load_file(folder / "prior.safetensors")["variance.layer.bias"]
+    variance[1:3] = value
+    edit_tensors(folder, variance__layer__bias=variance)
+    sign(folder)
+    edit_config(folder, eps=0.0)
+    refused(folder, "variance of 'layer.bias'", "2 of 4 entries <= 0", "variance_floor", kind=PriorNumericsError)
+
+
+# ---------------------------------------------------------------------------------------------------------- layout
+def test_a_missing_tensor_is_named(folder):
+    edit_tensors(folder, variance__layer__bias=None)
+    sign(folder)
+    refused(folder, "lacks variance.layer.bias")
+
+
+@pytest.mark.parametrize("key", ["mean.extra", "buffer.extra", "deviations.extra"])
+def test_an_undeclared_tensor_is_named(folder, key):
+    edit_tensors(folder, **{key.replace(".", "__"): torch.zeros(2)})
+    sign(folder)
+    refused(folder, f"has undeclared {key}")
+
+
+@pytest.mark.parametrize("key", ["weight", "model.layer.weight", "mean"])
+def test_a_key_that_is_none_of_the_format_is_named(folder, key):
+    edit_tensors(folder, **{key.replace(".", "__"): torch.zeros(2)})
+    sign(folder)
+    refused(folder, f"'{key}' is no key of format 1.0")
+
+
+def test_a_wrong_shape_is_shown_beside_the_right_one(folder):
+    edit_tensors(folder, mean__layer__bias=torch.zeros(5))
+    sign(folder)
+    refused(folder, "mean.layer.bias has shape [5]", "[4]")
+
+
+def test_a_wrong_number_of_deviations_is_a_wrong_shape(folder):
+    edit_config(folder, rank=4)
+    refused(folder, "deviations.layer.weight has shape [3, 4, 3]", "[4, 4, 3]")
+
+
+@pytest.mark.parametrize("key", ["mean.layer.bias", "variance.layer.bias", "deviations.layer.bias"])
+def test_a_wrong_type_is_shown_beside_the_right_one(folder, key):
+    tensor = load_file(folder / "prior.safetensors")[key]
+    edit_tensors(folder, **{key.replace(".", "__"): tensor.double()})
+    sign(folder)
+    refused(folder, f"{key} is stored as float64", "says float32")
+
+
+def test_a_key_in_two_shards_is_refused(sharded):
+    first, second = weight_files(sharded)[:2]
+    key, tensor = next(iter(load_file(sharded / first).items()))
+    edit_tensors(sharded, second, **{key.replace(".", "__"): tensor})
+    sign(sharded)
+    refused(sharded, key, f"stands in {first} too")
+
+
+# ---------------------------------------------------------------------------------------------------------- index
+def edit_index(folder: Path, **changes: Any) -> None:
+    path = folder / INDEX_NAME
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {key.replace("__", "."): file for key, file in changes.items()}
+    path.write_text(json.dumps(index))
+
+
+def test_a_missing_index_is_named(sharded):
+    (sharded / INDEX_NAME).unlink()
+    refused(sharded, INDEX_NAME, "missing")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "null", '"x"'])
+def test_an_index_without_a_map_is_refused(sharded, text):
+    (sharded / INDEX_NAME).write_text(text)
+    refused(sharded, INDEX_NAME, "no 'weight_map'")
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/passwd", "model.safetensors", "a/prior.safetensors", "..", None, 3, ["x"]]
+)
+def test_an_index_cannot_lead_out_of_the_folder(sharded, name):
+    save_file({"mean.layer.bias": torch.zeros(4)}, sharded.parent / "evil.safetensors")
+    edit_index(sharded, mean__layer__bias=name)
+    refused(sharded, "is no name for a prior's weights")
+
+
+def test_an_index_may_name_only_files_of_the_configuration(sharded):
+    other = "prior-00001-of-00099.safetensors"
+    shutil.copy(sharded / weight_files(sharded)[0], sharded / other)
+    edit_index(sharded, mean__layer__bias=other)
+    refused(sharded, f"names {other}", "configuration does not list")
+
+
+def test_an_index_that_disagrees_with_the_files_is_refused(sharded):
+    edit_index(sharded, mean__layer__weight=weight_files(sharded)[-1])
+    refused(sharded, "mean.layer.weight in the wrong file (1 keys differ)")
+
+
+def test_an_index_that_names_more_or_fewer_keys_is_refused(sharded):
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    more = index["weight_map"] | {"mean.other": weight_files(sharded)[0]}
+    fewer = dict(list(index["weight_map"].items())[1:])
+    for mapping in (more, fewer):
+        (sharded / INDEX_NAME).write_text(json.dumps(index | {"weight_map": mapping}))
+        refused(sharded, "(1 keys differ)")
+
+
+# ---------------------------------------------------------------------------------------------------------- hostile
+def test_sizes_are_compared_before_anything_is_allocated(folder, monkeypatch):
+    monkeypatch.setattr(storage, "check_finite", lambda *_: pytest.fail("a tensor was made"))
+    edit_config(folder, parameters=SHAPES | {"layer.bias": [2**20, 2**20]}, num_parameters=2**40 + 21)
+    refused(folder, "mean.layer.bias has shape [4]", f"[{2**20}, {2**20}]")
+
+
+def test_a_configuration_of_70_mb_is_refused_unread(folder, monkeypatch):
+    with (folder / "prior_config.json").open("r+b") as file:
+        file.truncate(70_000_000)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("it was read"))
+    refused(folder, "prior_config.json has 70000000 bytes", f"more than the {MAX_CONFIG_BYTES}")
+
+
+F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HEADERS = {
+    "header length beyond the file": raw_safetensors({}, length=2**40),
+    "header length of 2**63": raw_safetensors({}, length=2**63),
+    "header that is no JSON": raw_safetensors(b"hello world"),
+    "offsets beyond the data": raw_safetensors({"mean.a": F32 | {"shape": [1000], "data_offsets": [0, 4000]}}, b"1234"),
+    "overlapping tensors": raw_safetensors({"mean.a": F32, "variance.a": F32}, b"1234"),
+    "a hole between tensors": raw_safetensors({"mean.a": F32, "variance.a": F32 | {"data_offsets": [8, 12]}}, bytes(12)),
+    "data that no tensor has": raw_safetensors({"mean.a": F32}, bytes(8)),
+    "a shape that is not the size": raw_safetensors({"mean.a": F32 | {"shape": [2]}}, bytes(4)),
+    "a shape that overflows": raw_safetensors({"mean.a": F32 | {"shape": [2**32, 2**32]}}, bytes(4)),
+    "offsets backwards": raw_safetensors({"mean.a": F32 | {"data_offsets": [4, 0]}}, bytes(4)),
+    "negative offsets": raw_safetensors({"mean.a": F32 | {"data_offsets": [-4, 0]}}, bytes(4)),
+    "an unknown type": raw_safetensors({"mean.a": F32 | {"dtype": "F3"}}, bytes(4)),
+    "a header that is a list": raw_safetensors([]),
+    "an HTML page": b"<!DOCTYPE html><html>Not found</html>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS.keys())
+def test_a_lying_safetensors_header_is_refused(folder, content):
+    (folder / "prior.safetensors").write_bytes(content)
+    sign(folder)
+    refused(folder, "prior.safetensors is not a valid safetensors file")
+
+
+@pytest.mark.parametrize("dtype", ["BOOL", "U8", "I64", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "U16", "F64"])
+def test_parameters_of_a_type_the_format_does_not_know_are_refused(tmp_path, dtype):
+    random_prior(rank=0, shapes={"a": (8,)}, buffers=False).save_pretrained(tmp_path)
+    size = {"BOOL": 8, "U8": 8, "I64": 64, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "C64": 64, "U16": 16, "F64": 64}[
+        dtype
+    ]
+    header = {
+        "mean.a": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]},
+        "variance.a": {"dtype": "F32", "shape": [8], "data_offsets": [size, size + 32]},
+    }
+    (tmp_path / "prior.safetensors").write_bytes(raw_safetensors(header, bytes(size) + np.ones(8, "<f4").tobytes()))
+    sign(tmp_path)
+    with pytest.raises(PriorFormatError, match=r"mean\.a is stored as|not a valid safetensors"):
+        PriorModel.from_pretrained(tmp_path)
+
+
+class Bomb:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_under_a_weights_name_is_never_unpickled(folder):
+    trace = folder.parent / "exploded"
+    pickle.loads(pickle.dumps(Bomb(trace)))
+    assert trace.exists(), "the bomb works"
+    trace.unlink()
+    for content in (pickle.dumps(Bomb(trace)), None):
+        if content is None:
+            torch.save({"mean.layer.bias": torch.zeros(4), "bomb": Bomb(trace)}, folder / "prior.safetensors")
+        else:
+            (folder / "prior.safetensors").write_bytes(content)
+        sign(folder)
+        refused(folder, "not a valid safetensors file")
+        refused(folder, "not a valid safetensors file", verify=False)
+    assert not trace.exists()
+
+
+def test_no_pickle_is_looked_for_where_weights_are_missing(folder):
+    trace = folder.parent / "exploded"
+    (folder / "prior.safetensors").unlink()
+    for name in ("prior.bin", "pytorch_model.bin", "prior.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb(trace)))
+    refused(folder, "lacks prior.safetensors")
+    assert not trace.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- symlinks
+def test_a_prior_of_symlinks_is_read_as_the_cache_of_the_hub_needs(folder, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in folder.iterdir():
+        (links / path.name).symlink_to(path)
+    assert_same(PriorModel.from_pretrained(links), random_prior())
+
+
+def test_saving_over_symlinks_replaces_the_links_and_never_what_they_lead_to(folder, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in before:
+        (links / path.name).symlink_to(path)
+    other = random_prior(seed=1)
+    assert_same(saved_and_loaded(other, links), other)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert not any(path.is_symlink() for path in links.iterdir())
+
+
+def test_links_to_nothing_in_a_circle_or_to_a_folder_are_missing_files(folder, tmp_path):
+    path = folder / "prior.safetensors"
+    for target in (tmp_path / "nothing", path, tmp_path):
+        path.unlink()
+        path.symlink_to(target)
+        refused(folder, "lacks prior.safetensors (1 of 1 weight files)")
+
+
+# ---------------------------------------------------------------------------------------------------------- refusing to write
+def test_nothing_is_written_when_a_value_is_not_finite(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    prior = random_prior(seed=1)
+    for tensors in (prior.mean, prior.variance, prior.deviations, prior.buffers):
+        tensor = next(iter(tensors.values()))
+        good = tensor.clone()
+        tensor.view(-1)[1] = float("nan")
+        with pytest.raises(PriorNumericsError, match="NaN"):
+            prior.save_pretrained(folder)
+        with pytest.raises(PriorNumericsError, match="NaN"):
+            prior.save_pretrained(folder.parent / "new")
+        tensor.copy_(good)
+    prior.variance["layer.bias"][0] = -1
+    with pytest.raises(PriorNumericsError, match="1 of 4 entries < 0"):
+        prior.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (folder.parent / "new").exists()
+
+
+def test_nothing_is_written_when_the_configuration_is_no_json(folder, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(storage, "save_file", lambda *_, **__: pytest.fail("weights were written"))
+    with pytest.raises(PriorFormatError, match="source or estimator"):
+        random_prior(source={"f": object()}).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_tensors_that_are_not_the_declared_ones_are_not_written(tmp_path):
+    prior = random_prior()
+    tensors = tensors_of(prior)
+    for changed, words in (
+        ({k: v for k, v in tensors.items() if k != "mean.layer.bias"}, "lacks mean.layer.bias"),
+        (tensors | {"mean.x": torch.zeros(1)}, "has undeclared mean.x"),
+        (tensors | {"mean.layer.bias": torch.zeros(3)}, "has shape"),
+        (tensors | {"mean.layer.bias": torch.zeros(4).double()}, "stored as float64"),
+    ):
+        with pytest.raises(PriorFormatError, match=words):
+            write_prior(tmp_path / "new", prior.config, changed)
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- fuzz
+def loads_or_is_refused(folder: Path, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PriorWarning)
+        with contextlib.suppress(PriorHubError):
+            PriorModel.from_pretrained(folder, **options)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=mutated_configs(), verify=st.booleans())
+def test_a_folder_with_a_mutated_configuration_loads_or_is_refused_as_such(folder, text, verify):
+    text = text.replace("prior-00001-of-00002.safetensors", "prior.safetensors")
+    (folder / "prior_config.json").write_text(text, encoding="utf-8")
+    loads_or_is_refused(folder, verify=verify)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_weights_load_or_are_refused_as_such_even_unverified(folder, data):
+    random_prior().save_pretrained(folder)
+    path = folder / "prior.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, header - 1))
+        content[place] = data.draw(st.sampled_from(b'0123456789"{}[],:FIUB8\x00\xff'))
+    path.write_bytes(content)
+    sign(folder)
+    loads_or_is_refused(folder, verify=data.draw(st.booleans()))

@@ -1,0 +1,229 @@
+"""Fine-tuning runs that test_distributed.py starts on two processes and repeats on one.
+
+    torchrun --nproc_per_node 2 worker_training.py FOLDER
+
+FOLDER holds model/NAME and prior/NAME of each scenario. They run under DDP ("ddp NAME") and then, sharded by transformers
+when loaded, under FSDP2 ("fsdp NAME"). Every rank writes rank-RANK.json (facts and logs of each run) and
+rank-RANK.safetensors ("RUN/KIND.name": final weights, the prior that SwagCallback learned), all in full shape.
+A run on one process takes twice the accumulation steps, so that it sees the same micro-batches of two rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import image_data, quiet_arguments, tiny_resnet, tiny_vit
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorTrainer, SwagCallback
+from prior_hub.distributed import is_sharded, local_tensor, reshard
+
+ROWS, STEPS = 32, 6
+# what is trained: (factory, settings). Heads: ViT divides by num_items_in_batch, ResNet ignores it, "unused" is no
+# transformers model and accepts no such argument.
+SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vit": (tiny_vit, {"max_grad_norm": 0.5, "prior_head_variance": 0.5, "eval_strategy": "steps", "eval_steps": 2}),
+    "resnet": (tiny_resnet, {"max_grad_norm": 1.0, "learning_rate": 0.005}),
+    "unused": (lambda: Unused(), {"max_grad_norm": 0.5}),
+}
+
+
+class Unused(nn.Module):
+    """A plain module with a layer that the forward pass does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.used, self.unused = nn.Linear(3 * 8 * 8, 3), nn.Linear(5, 4)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.used(pixel_values.flatten(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Trajectory(TrainerCallback):
+    """Keeps the weights before each step, in full shape."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.weights.append(weights(model))
+
+
+def full(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {n: (t.full_tensor() if is_sharded(t) else t).detach().clone() for n, t in tensors.items()}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights in full shape; after an evaluation FSDP2's root group would show full tensors of its own."""
+    reshard(model)
+    return full(dict(model.named_parameters()))
+
+
+def load(name: str, folder: Path, sharded: bool) -> nn.Module:
+    make, _ = SCENARIOS[name]
+    model: Any = make()
+    if not hasattr(model, "from_pretrained"):
+        return model  # type: ignore[no-any-return]
+    if not sharded:
+        return type(model).from_pretrained(folder / "model" / name)
+    from transformers.distributed import DistributedConfig
+
+    return type(model).from_pretrained(folder / "model" / name, distributed_config=DistributedConfig(fsdp_size=2))
+
+
+def train(
+    name: str, folder: Path, accumulation: int, *, sharded: bool = False
+) -> tuple[PriorTrainer, SwagCallback, dict[str, Any]]:
+    """Fine-tune, learning a prior on the way: (trainer, callback, {"tensors": ..., "facts": ...})."""
+    _, settings = SCENARIOS[name]
+    swag, path = SwagCallback(rank=3, start=1, every_n_steps=1), Trajectory()
+    arguments = quiet_arguments(
+        folder / "out",
+        gradient_accumulation_steps=accumulation,
+        max_steps=STEPS,
+        logging_steps=2,
+        prior_initialize=False,
+        **{"learning_rate": 0.02, **settings},
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = PriorTrainer(
+            model=load(name, folder, sharded),
+            prior=str(folder / "prior" / name),
+            args=arguments,
+            train_dataset=image_data(ROWS),
+            eval_dataset=image_data(8, seed=5),
+            callbacks=[swag, path],
+        )
+        swag.estimator.head = () if name == "unused" else "auto"
+        trainer.train()
+    model: Any = trainer.model
+    evaluated = trainer.evaluate()["eval_loss"]  # before anything reshards
+    reshard(model)
+    again = trainer.evaluate()["eval_loss"]
+    tensors = {f"weight.{n}": t for n, t in weights(model).items()}
+    tensors |= {f"start.{n}": t for n, t in path.weights[0].items()}
+    tensors |= prior_tensors(swag)
+    facts = {
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "sharded": sum(is_sharded(p) for p in model.parameters()),
+        "parameters": len(list(model.parameters())),
+        "empty_shards": sum(local_tensor(p).numel() == 0 for p in model.parameters()),
+        "history": trainer.state.log_history,
+        "eval_losses": [evaluated, again],
+        "warnings": [str(w.message) for w in caught],
+        "penalty": float(trainer.prior_penalty.penalty()),  # type: ignore[union-attr]
+        "curvature": trainer.prior_penalty.curvature(),  # type: ignore[union-attr]
+    }
+    return trainer, swag, {"tensors": tensors, "facts": facts}
+
+
+def prior_tensors(swag: SwagCallback, prefix: str = "") -> dict[str, Tensor]:
+    learned = swag.prior(dataset="synthetic")
+    kinds = ("mean", "variance", "deviations", "buffers")
+    return {f"{prefix}{kind}.{n}": t for kind in kinds for n, t in getattr(learned, kind).items()}
+
+
+def after_evaluation(trainer: PriorTrainer, swag: SwagCallback, folder: Path) -> dict[str, Any]:
+    """FSDP2 leaves its root group unsharded after evaluate(): what comes next must find the shards all the same."""
+    prior = PriorModel.from_pretrained(folder / "prior" / "vit")
+    model: Any = trainer.model
+
+    trainer.evaluate()
+    unsharded = sum(not is_sharded(p) for p in model.parameters())
+    penalty = PriorPenalty(prior, model, num_examples=ROWS)
+    value = float(penalty.add_gradient_()) * ROWS
+    found = full({f"gradient.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    try:
+        penalty.loss()
+        refused = ""
+    except NotImplementedError as error:
+        refused = str(error)
+
+    trainer.evaluate()
+    checkpoint = folder / "out" / f"checkpoint-{STEPS}"
+    if dist.get_rank() == 0:
+        checkpoint.mkdir()
+    dist.barrier()
+    swag.on_save(trainer.args, trainer.state, trainer.control, model=model)
+    dist.barrier()
+    trainer.evaluate()
+    resumed = SwagCallback(rank=3, start=1, every_n_steps=1)
+    resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    found |= prior_tensors(resumed, "resumed ")
+
+    trainer.evaluate()
+    arguments = quiet_arguments(folder / "out", gradient_accumulation_steps=2, max_steps=2, learning_rate=0.02)
+    again = PriorTrainer(model=model, prior=prior, args=arguments, train_dataset=image_data(ROWS))
+    trainer.evaluate()
+    again.train()
+    found |= {f"again.{n}": t for n, t in weights(model).items()}
+    facts = {
+        "unsharded": unsharded,
+        "penalty": value,
+        "loss refused": refused,
+        "files": sorted(path.name for path in checkpoint.iterdir()),
+        "history": again.state.log_history,
+    }
+    return {"tensors": found, "facts": facts}
+
+
+def version_1() -> dict[str, Any]:
+    """What PriorPenalty says to a model in FSDP 1's wrapper."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    names = {n: p.detach().clone() for n, p in model.named_parameters()}
+    prior = PriorModel.from_tensors(names, {n: torch.ones_like(p) for n, p in names.items()})
+    said = []
+    for original in (False, True):
+        wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        try:
+            PriorPenalty(prior, wrapped, num_examples=1)
+            said.append("")
+        except PriorMatchError as error:
+            said.append(str(error))
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    return {"tensors": {}, "facts": {"said": said}}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+
+    def keep(name: str, result: dict[str, Any]) -> None:
+        facts[name] = result["facts"]
+        tensors.update({f"{name}/{key}": t.contiguous() for key, t in result["tensors"].items()})
+
+    for name in SCENARIOS:
+        keep(f"ddp {name}", train(name, folder, 2)[2])
+    for name in ("vit", "resnet"):
+        trainer, swag, result = train(name, folder, 2, sharded=True)
+        keep(f"fsdp {name}", result)
+        if name == "vit":
+            keep("after evaluation", after_evaluation(trainer, swag, folder))
+    keep("version 1", version_1())
+    rank = dist.get_rank()
+    save_file(tensors, folder / f"rank-{rank}.safetensors")
+    (folder / f"rank-{rank}.json").write_text(json.dumps(facts))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
