@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             return int(arguments.run(arguments))
-    except (PriorHubError, OSError) as error:
+    except (PriorHubError, OSError, ValueError) as error:
         if getattr(arguments, "json", False):
             print(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         else:

@@ -8,13 +8,23 @@ the sum over ranks of each local sum times `contribution(...)`, so that replicat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["contribution", "copy_full_", "is_sharded", "local_tensor", "reshard", "shard_like", "sum_over_ranks"]
+__all__ = [
+    "contribution",
+    "copy_full_",
+    "is_sharded",
+    "local_tensor",
+    "moved_placements",
+    "reshard",
+    "shard_like",
+    "sum_over_ranks",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -42,20 +52,26 @@ def shard_like(full: Tensor, reference: Tensor, *, leading: int = 0) -> Tensor:
     if not is_sharded(reference):
         return full
     from torch.distributed.tensor import distribute_tensor
-    from torch.distributed.tensor.placement_types import Replicate, Shard
 
-    placements: list[Any] = []
-    for placement in reference.placements:  # type: ignore[attr-defined]
-        if isinstance(placement, Replicate):
-            placements.append(placement)
-        elif type(placement) is Shard:
-            placements.append(Shard(placement.dim + leading))
-        else:  # e.g. _StridedShard of FSDP2 + tensor parallelism: keep its kind, move its dimension
-            moved = placement if leading == 0 else type(placement)(placement.dim + leading, split_factor=placement.split_factor)
-            placements.append(moved)
+    placements = moved_placements(reference.placements, leading)  # type: ignore[attr-defined]
     mesh = reference.device_mesh  # type: ignore[attr-defined]
     moved_full = full.to(reference.device)
     return distribute_tensor(moved_full, mesh, placements, src_data_rank=None).to_local()
+
+
+def moved_placements(placements: Sequence[Any], leading: int) -> list[Any]:
+    """DTensor placements for a tensor with `leading` further dimensions in front, none of which is cut."""
+    from torch.distributed.tensor.placement_types import Replicate, Shard
+
+    moved: list[Any] = []
+    for placement in placements:
+        if leading == 0 or isinstance(placement, Replicate):
+            moved.append(placement)
+        elif type(placement) is Shard:
+            moved.append(Shard(placement.dim + leading))
+        else:  # _StridedShard of FSDP2 with tensor parallelism, which is no Shard in every version
+            moved.append(type(placement)(placement.dim + leading, split_factor=placement.split_factor))
+    return moved
 
 
 def copy_full_(target: Tensor, full: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from prior_hub import __version__
-from prior_hub.distributed import copy_full_
-from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError
+from prior_hub.distributed import copy_full_, is_sharded
+from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
 from prior_hub.priors.config import PriorConfig
 from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
-from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers
+from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
 from prior_hub.registry.hub import PushResult, download_prior, upload_prior
@@ -94,7 +95,8 @@ class PriorModel:
             PriorFormatError: a field of the configuration is not valid, or tensors of one kind differ in type.
         """
         weights = {"scale": scale, "diagonal_weight": diagonal_weight, "low_rank_weight": low_rank_weight, "eps": eps}
-        gaussian = LowRankGaussian(mean, variance, deviations, **weights)  # type: ignore[arg-type]
+        mean, variance = _apart(mean), _apart(variance)
+        gaussian = LowRankGaussian(mean, variance, _apart(deviations or {}), **weights)  # type: ignore[arg-type]
         gaussian.check()
         config = PriorConfig(
             parameters={name: tuple(t.shape) for name, t in gaussian.mean.items()},
@@ -316,17 +318,28 @@ class PriorModel:
         match = self.match(model, **matching)
         parameters = canonical_parameters(model)
         targets = persistent_buffers(model)
-        renamed = {match.rename(name): tensor for name, tensor in self.buffers.items()}
-        for name, target in targets.items():
-            if name in renamed and renamed[name].shape != target.shape:
+        wanted = without_head(self.buffers, self.config.head_parameters, self.config.parameters)
+        places = {place: name for name in wanted if (place := match.rename(name)) in targets}
+        for place, name in list(places.items()):
+            if self.buffers[name].shape != targets[place].shape:
+                if matching.get("on_mismatch") == "drop":
+                    del places[place]
+                    continue
                 raise PriorMatchError(
-                    f"buffer {name!r} has shape {tuple(target.shape)} in the model, {tuple(renamed[name].shape)} in the prior."
+                    f"buffer {place!r} has shape {tuple(targets[place].shape)} in the model, "
+                    f"{tuple(self.buffers[name].shape)} in the prior. Pass on_mismatch='drop' to leave it as it is."
                 )
         for name, target_name in match.pairs.items():
             copy_full_(parameters[target_name], self.mean[name])
-        for name, target in targets.items():
-            if name in renamed:
-                copy_full_(target, renamed[name])
+        for place, name in places.items():
+            copy_full_(targets[place], self.buffers[name])
+        if wanted and not places:
+            warnings.warn(
+                f"none of the prior's {len(wanted)} BatchNorm statistics ({wanted[0]!r}, ...) has a place in the model, which "
+                "keeps its own. If it has BatchNorm too, name_map must cover the buffers' names as well as the parameters'.",
+                PriorWarning,
+                stacklevel=2,
+            )
         return match
 
     def _bound(
@@ -337,6 +350,8 @@ class PriorModel:
         match = self.match(theta, **matching)
         parameters = canonical_parameters(theta)
         values = {name: parameters[target] for name, target in match.pairs.items()}
+        if any(is_sharded(value) for value in values.values()):
+            raise NotImplementedError("the model is sharded (FSDP2, tensor parallelism): use PriorPenalty, which knows shards.")
         device = next(iter(values.values())).device
         return self.gaussian.select(tuple(values)).to(device), values
 
@@ -364,7 +379,7 @@ class PriorModel:
             PriorNumericsError: NaN or infinities; nothing is written.
             OSError: the disk is full or not writable; nothing is lost.
         """
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         self.gaussian.check_positive()
         card_path = folder / CARD_NAME
         existing = read_card(card_path) if card_path.is_file() else None
@@ -456,8 +471,9 @@ def push_prior_to_hub(prior: PriorModel | str | os.PathLike[str], repo_id: str, 
     """
     if isinstance(prior, PriorModel):
         return prior.push_to_hub(repo_id, **arguments)
-    read_prior(prior, verify=True)
-    return upload_prior(prior, repo_id, **arguments)
+    folder = Path(prior).expanduser()
+    read_prior(folder, verify=True)
+    return upload_prior(folder, repo_id, **arguments)
 
 
 def library_versions(extra: Sequence[str] = ()) -> dict[str, str]:
@@ -469,6 +485,11 @@ def library_versions(extra: Sequence[str] = ()) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with parameters copied: a prior must not follow a model that goes on training."""
+    return {name: t.detach().clone() if t.requires_grad else t for name, t in tensors.items()}
 
 
 def _dtypes(gaussian: LowRankGaussian) -> dict[str, str]:

@@ -93,6 +93,11 @@ def test_check_says_what_is_wrong_and_exits_1(folder, tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 1
     assert "holds no prior" in capsys.readouterr().err
     assert main(["check", "no/such/folder"]) == 1
+    assert "not a folder" in capsys.readouterr().err
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["pull", str(folder), "--rank", "99"]) == 1
+    assert "rank 99 is not between 0 and 3" in capsys.readouterr().err
 
 
 @pytest.mark.hub

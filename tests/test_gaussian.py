@@ -319,3 +319,53 @@ def test_numpy_agrees_on_the_log_density():
     mean, sigma = (t.numpy() for t in dense(prior))
     expected = stats.multivariate_normal(mean, sigma).logpdf(np.asarray(flat(theta, prior.names)))
     assert prior.log_prob(theta).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_autocast_around_the_penalty_changes_nothing(rank):
+    prior = make(rank, low=1e-6, high=1e-4)
+    theta = near(prior)
+    value, gradient = prior.penalty_and_gradient(theta)
+    leaf = {n: t.clone().requires_grad_() for n, t in theta.items()}
+    fresh = make(rank, low=1e-6, high=1e-4)  # its factor is made inside autocast too
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fresh.penalty(leaf)
+        drawn = fresh.sample(generator=torch.Generator().manual_seed(0))
+    inside.backward()
+    assert inside.item() == pytest.approx(value.item(), rel=1e-12)
+    for n in prior.names:
+        torch.testing.assert_close(leaf[n].grad, gradient[n], rtol=1e-6, atol=0)
+    outside = prior.sample(generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(drawn[n], outside[n]) for n in prior.names)
+
+
+def test_views_of_a_gaussian_keep_weights_of_their_own():
+    prior = make(4, diagonal_weight=0.3, low_rank_weight=2.0, eps=0.5, scale=7.0)
+    for view in (prior.select(["conv.bias"]), prior.rescaled(7.0), prior.to("cpu")):
+        assert (view.diagonal_weight, view.low_rank_weight, view.eps, view.scale) == (0.3, 2.0, 0.5, 7.0)
+
+
+def test_a_scale_that_makes_the_diagonal_vanish_in_float32_is_refused():
+    prior = LowRankGaussian({"w": torch.zeros(3)}, {"w": torch.full((3,), 1e-12)}, scale=1e-30)
+    with pytest.raises(PriorNumericsError, match=r"smallest variance of 'w'.*larger scale or eps"):
+        prior.check()
+
+
+def test_gradients_are_written_for_known_parameters_only():
+    prior = make(2)
+    with pytest.raises(PriorMatchError, match="cannot write the gradient of 'nothing'"):
+        prior.add_gradient_(near(prior), {"nothing": torch.zeros(3)}, 1.0)
+
+
+def test_a_gaussian_of_a_models_parameters_does_not_track_gradients():
+    weight = torch.nn.Parameter(torch.ones(3))
+    prior = LowRankGaussian({"w": weight}, {"w": torch.ones(3)})
+    assert not prior.mean["w"].requires_grad
+
+
+def test_sums_are_float64():
+    """A million equal terms: float32 accumulation is off in the fourth digit, float64 is not."""
+    size = 3_000_000
+    prior = LowRankGaussian({"w": torch.zeros(size)}, {"w": torch.ones(size)})
+    step = torch.full((size,), 0.1)
+    assert prior.penalty({"w": step}).item() == pytest.approx(0.5 * size * float(step[0]) ** 2, rel=1e-7)

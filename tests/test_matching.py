@@ -27,7 +27,14 @@ from transformers import (
 )
 
 from prior_hub import PriorMatchError, match_parameters
-from prior_hub.priors.matching import canonical_parameters, head_parameter_names, match_names, persistent_buffers, tied_names
+from prior_hub.priors.matching import (
+    canonical_parameters,
+    head_parameter_names,
+    match_names,
+    persistent_buffers,
+    tied_names,
+    without_head,
+)
 
 BERT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
@@ -211,7 +218,7 @@ def test_shape_mismatch_is_an_error_by_default_and_dropped_on_request():
 
 def test_low_coverage_is_an_error_with_the_number_to_pass():
     prior = {"small": (10,), "large": (90,)}
-    with pytest.raises(PriorMatchError, match=r"only 1 of 2.*10 of 100 values.*min_coverage below 0\.10"):
+    with pytest.raises(PriorMatchError, match=r"only 1 of 2.*10 of 100 values.*min_coverage of 0\.10 or less"):
         match_names(prior, {"small": (10,)})
     assert match_names(prior, {"small": (10,)}, min_coverage=0.05).covered_values == 10
     with pytest.raises(PriorMatchError, match="none of the 2"):
@@ -272,12 +279,10 @@ def test_any_prefix_on_either_side_is_found_or_refused_but_never_bound_wrongly(n
         match = match_names({old + n: s for n, s in size.items()}, model, min_coverage=0.9)
     if match is None:
         return
-    if len(match.pairs) == len(names):
-        assert all(
-            target in model and model[target] == size[source.removeprefix(old)] for source, target in match.pairs.items()
-        )
-        if (match.strip, match.add) != (old, new):  # another prefix that explains every name as well
-            assert {match.rename(old + n) for n in names} <= set(model)
+    if (match.strip, match.add) == (old, new):
+        assert match.pairs == {old + n: new + n for n in names}
+    else:  # another prefix fits at least as many values
+        assert match.covered_values >= sum(a * b for a, b in size.values())
 
 
 @settings(max_examples=50, deadline=None)
@@ -291,3 +296,131 @@ def test_with_distinct_shapes_every_prefix_is_found(names, strip, add):
     old, new = "".join(f"{s}." for s in strip), "".join(f"{a}." for a in add)
     match = match_names({old + n: s for n, s in size.items()}, {new + n: s for n, s in size.items()})
     assert match.pairs == {old + n: new + n for n in names}
+
+
+def test_heads_of_real_classes_are_found_or_asked_for():
+    import transformers as tf
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = meta(
+        lambda: tf.SiglipForImageClassification(tf.SiglipConfig(text_config=small, vision_config=small | {"image_size": 32}))
+    )
+    assert set(head_parameter_names(siglip)) == {"classifier.weight", "classifier.bias"}
+    t5 = {"d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    questions = meta(lambda: tf.T5ForQuestionAnswering(tf.T5Config(**t5)))
+    assert set(head_parameter_names(questions)) == {"qa_outputs.weight", "qa_outputs.bias"}
+    generator = tf.T5ForConditionalGeneration(tf.T5Config(**t5))
+    assert head_parameter_names(generator) == (
+        ["lm_head.weight"] if generator.lm_head.weight is not generator.shared.weight else []
+    )
+    assert head_parameter_names(tf.T5EncoderModel(tf.T5Config(**t5))) == []
+    segmenter = tf.UperNetConfig(
+        backbone_config=ResNetConfig(**RESNET, out_features=["stage1", "stage2"]), hidden_size=8, pool_scales=[1]
+    )
+    names = head_parameter_names(meta(lambda: UperNetForSemanticSegmentation(segmenter)))
+    assert {n.split(".")[0] for n in names} == {"decode_head", "auxiliary_head"}
+
+    class Own(tf.PreTrainedModel):  # a user's model without base_model_prefix
+        config_class = tf.BertConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.net, self.classifier = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    assert head_parameter_names(Own(tf.BertConfig())) == ["classifier.weight", "classifier.bias"]
+
+    class Unknown(Own):
+        def __init__(self, config):
+            super().__init__(config)
+            self.top = self.classifier
+            del self.classifier
+
+    with pytest.raises(PriorMatchError, match="cannot tell which part of Unknown"):
+        head_parameter_names(Unknown(tf.BertConfig()))
+
+
+def test_every_head_counts_auxiliary_distilled_and_behind_an_identity():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc, self.classifier, self.aux_classifier = (
+                nn.Linear(2, 2),
+                nn.Identity(),
+                nn.Linear(2, 2),
+                nn.Linear(2, 2),
+            )
+
+    assert {n.split(".")[0] for n in head_parameter_names(Net())} == {"classifier", "aux_classifier"}
+    distilled = meta(lambda: timm.create_model("deit_tiny_distilled_patch16_224"))
+    assert {n.split(".")[0] for n in head_parameter_names(distilled)} == {"head", "head_dist"}
+
+
+def test_a_part_called_module_or_base_layer_is_the_models_own():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.base_layer, self.fc = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    assert {n.split(".")[0] for n in canonical_parameters(Holder())} == {"module", "base_layer", "fc"}
+    assert head_parameter_names(Holder()) == ["fc.weight", "fc.bias"]
+    both = torch.compile(nn.DataParallel(Holder()), backend="eager")
+    assert list(canonical_parameters(both)) == list(canonical_parameters(Holder()))
+
+
+def test_of_two_adapters_the_active_one_gives_the_saved_modules():
+    config = LoraConfig(target_modules=["query"], r=2, modules_to_save=["classifier"])
+    model = get_peft_model(BertForSequenceClassification(BertConfig(**BERT)), config)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    names = canonical_parameters(model)
+    saved = model.base_model.model.classifier.modules_to_save["second"]
+    assert names["classifier.weight"] is saved.weight
+
+
+def test_one_large_tensor_of_another_architecture_is_not_enough():
+    prior = {"embeddings.weight": (1000, 8)} | {f"layer.{i}.weight": (8, 8) for i in range(6)}
+    gpt = {"wte.weight": (1000, 8)} | {f"h.{i}.c_attn.weight": (8, 24) for i in range(6)}
+    with pytest.raises(PriorMatchError, match="only 1 of 7"):
+        match_names(prior, gpt)
+    assert match_names(prior, gpt, min_coverage=0.1).pairs == {"embeddings.weight": "wte.weight"}
+
+
+def test_a_module_under_two_names_is_not_ambiguous():
+    model = nn.Module()
+    model.left = nn.Linear(3, 3)
+    model.right = model.left
+    match = match_parameters({"weight": (3, 3), "bias": (3,)}, model)
+    assert set(match.pairs.values()) == {"left.weight", "left.bias"}
+
+
+def test_thousands_of_equal_shapes_are_matched_in_seconds():
+    import time
+
+    names = {f"layers.{i}.experts.{j}.weight": (4, 4) for i in range(40) for j in range(75)}
+    start = time.perf_counter()
+    match = match_names(names, {f"model.{n}": s for n, s in names.items()})
+    assert match.add == "model."
+    assert time.perf_counter() - start < 15  # quadratic voting took 26 s on this shape; this takes well under one
+
+
+def test_include_head_needs_a_prior_that_holds_it():
+    with pytest.raises(PriorMatchError, match="does not hold the source task's head"):
+        match_names({"body.weight": (2, 2)}, {"body.weight": (2, 2)}, head_parameters=["fc.weight"], include_head=True)
+
+
+def test_the_first_rule_that_matches_the_beginning_of_a_name_is_applied():
+    prior, model = {"a.b": (1,), "c.a": (2,)}, {"x.b": (1,), "c.a": (2,)}
+    match = match_names(prior, model, name_map={r"a\.": "x.", r"^": ""})
+    assert match.pairs == {"a.b": "x.b", "c.a": "c.a"}
+
+
+def test_only_buffers_of_a_state_dict_travel():
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("scratch", torch.zeros(1), persistent=False)
+    assert set(persistent_buffers(model)) == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_buffers_of_the_head_are_told_from_those_of_the_body():
+    head, body = ["decode.norm.weight"], ["body.norm.weight", "body.conv.weight"]
+    names = ["decode.norm.running_mean", "decode.plain.running_mean", "body.norm.running_mean", "body.plain.running_mean"]
+    assert without_head(names, head, body) == names[2:]

@@ -49,6 +49,10 @@ def test_every_python_block_runs_in_order(hub, tmp_path, monkeypatch):
     assert PriorModel.from_pretrained(f"{NAME}/my-prior-copy").num_parameters == names["prior"].num_parameters
 
 
+def test_every_fenced_block_is_of_a_kind_that_is_run():
+    assert set(re.findall(r"^```(\w*)$", README, re.MULTILINE)) == {"", "python", "sh"}  # "" closes a block
+
+
 def test_every_other_command_is_run_by_ci():
     ci = (ROOT / ".ci" / "run").read_text()
     for line in "\n".join(blocks("sh")).splitlines():

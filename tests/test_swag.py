@@ -12,7 +12,9 @@ from prior_hub import (
     PriorFormatError,
     PriorHubError,
     PriorMatchError,
+    PriorModel,
     PriorNumericsError,
+    PriorWarning,
     SwagEstimator,
     isotropic_prior,
     recompute_batch_norm,
@@ -193,6 +195,24 @@ def test_the_variance_floor_is_applied_counted_and_recorded():
         no_floor.prior()
 
 
+def test_entries_raised_to_the_floor_are_counted_even_if_they_had_moved():
+    _, estimator, _ = collect(2, 4, variance_floor=1e9)
+    assert estimator.prior().config.estimator["variance_entries_at_floor"] == estimator.prior().num_parameters
+
+
+def test_a_refused_first_snapshot_leaves_nothing_behind():
+    """The head of a model that was never learned must not decide what another model's prior leaves out."""
+    estimator, bad = SwagEstimator(2), Net()
+    with torch.no_grad():
+        bad.conv.weight.fill_(float("nan"))
+    with pytest.raises(PriorNumericsError):
+        estimator.update(bad)
+    other = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    for _ in walk(other, 2):
+        estimator.update(other)
+    assert estimator.prior().config.head_parameters == ("head.weight", "head.bias")
+
+
 def test_a_diverged_model_is_refused_and_the_estimate_kept():
     model, estimator, _ = collect(3, 4)
     before = {n: t.clone() for n, t in estimator.state_dict().items()}
@@ -250,6 +270,8 @@ def test_what_is_known_about_the_source_is_recorded():
     assert config.source == {"objective": "SimCLR", "dataset": ["a/b", "c/d"], "dataset_license": "mit", "epochs": 3}
     assert (config.base_model, config.license, config.model_type) == ("org/net", "apache-2.0", "Net")
     assert config.estimator["name"] == "swag"
+    stored = estimator.prior(scale=3.0, eps=0.25)
+    assert (stored.scale, stored.config.scale, stored.gaussian.eps, stored.config.eps) == (3.0, 3.0, 0.25, 0.25)
     assert config.estimator["batch_norm"] == "last snapshot"
     assert "torch" in config.libraries
 
@@ -281,6 +303,29 @@ def test_recomputed_batch_norm_equals_torchs_update_bn_at_the_mean_and_leaves_th
     prior = estimator.prior(buffers=found)
     assert prior.config.estimator["batch_norm"] == "recomputed at the mean"
     assert torch.equal(prior.buffers["norm.running_var"], found["norm.running_var"])
+
+
+def test_dropout_stays_off_while_statistics_are_recomputed():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
+    x = torch.ones(8, 3) + torch.arange(8.0)[:, None]
+    found = recompute_batch_norm(model, [x], progress=False)
+    torch.testing.assert_close(found["1.running_mean"], x.mean(0))
+    assert found["1.running_mean"].data_ptr() != model[1].running_mean.data_ptr()
+
+
+def test_iterable_data_and_frozen_batch_norm_are_understood():
+    from torchvision.ops import FrozenBatchNorm2d
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from images()
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=10)
+    whole = recompute_batch_norm(Net().eval(), loader, progress=False)
+    assert whole["norm.num_batches_tracked"].item() == 4
+    frozen = nn.Sequential(nn.Conv2d(1, 2, 3), FrozenBatchNorm2d(2))
+    assert recompute_batch_norm(frozen, loader, progress=False) == {}
+    assert "1.running_mean" in isotropic_prior(frozen, head=()).buffers
 
 
 def test_an_error_in_the_middle_leaves_the_model_alone():
@@ -326,6 +371,52 @@ def test_the_isotropic_prior_is_l2_sp():
     assert set(prior.buffers) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     with pytest.raises(ValueError, match="variance is 0"):
         isotropic_prior(model, variance=0)
+
+
+def test_a_path_of_this_machine_is_not_recorded_as_the_base_model(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tiny = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertForSequenceClassification(tiny).save_pretrained(tmp_path / "model")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert isotropic_prior(model).config.base_model is None
+    model.config._name_or_path = "org/bert"
+    prior = isotropic_prior(torch.compile(model, backend="eager"))
+    assert (prior.config.base_model, prior.config.model_type) == ("org/bert", "bert")
+
+
+def test_initialize_brings_the_bodys_statistics_under_a_name_map_and_never_the_heads():
+    class WithNormedHead(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+            self.head = nn.Sequential(nn.Linear(4, classes), nn.BatchNorm1d(classes))
+
+    source = WithNormedHead(3)
+    with torch.no_grad():
+        source.body[1].running_mean.fill_(7.0)
+        source.head[1].running_mean.fill_(9.0)
+    prior = isotropic_prior(source)
+    assert set(prior.buffers) == {f"body.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+    same = WithNormedHead(3)
+    prior.initialize(same)
+    assert same.body[1].running_mean.tolist() == [7.0] * 4
+    assert same.head[1].running_mean.tolist() == [0.0] * 3
+    towers = nn.ModuleDict({"student": WithNormedHead(2), "teacher": WithNormedHead(2)})
+    prior.initialize(towers, name_map={"^": "student."})
+    assert towers["student"].body[1].running_mean.tolist() == [7.0] * 4
+    assert towers["teacher"].body[1].running_mean.tolist() == [0.0] * 4
+    with pytest.warns(PriorWarning, match="none of the prior's 3 BatchNorm statistics"):
+        prior.initialize(towers, name_map=lambda n: f"student.{n}" if n.endswith(("weight", "bias")) else None)
+
+
+def test_a_prior_made_of_parameters_does_not_follow_the_model():
+    model = Net()
+    body = {n: p for n, p in model.named_parameters() if not n.startswith("fc")}
+    prior = PriorModel.from_tensors(body, {n: torch.ones_like(p) for n, p in body.items()})
+    with torch.no_grad():
+        model.conv.weight.add_(1.0)
+    assert prior.penalty(model).item() == pytest.approx(18.0, rel=1e-6)  # 36 weights moved by one
 
 
 def test_the_isotropic_prior_of_a_prior_keeps_its_mean_names_and_buffers():

@@ -273,6 +273,16 @@ def test_probe_leaves_dropout_and_batch_statistics_alone(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
 
 
+def test_a_compiled_model_is_trained_the_same(tmp_path):
+    prior, ends = random_prior(tiny_vit()), []
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "prior_initialize": False}
+    for compiling in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = run(PriorTrainer, tiny_vit(), tmp_path, image_data(16), more={"prior": prior}, **settings, **compiling)
+        ends.append(flat(dict(trainer.model.named_parameters()), prior.mean))
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert float((ends[0] - ends[1]).norm()) < 1e-7  # "eager" runs the same kernels
+
+
 # -------------------------------------------------------------------------------------------- without a prior: Trainer
 
 
@@ -492,6 +502,7 @@ def test_n_is_the_length_of_the_training_set_whatever_the_epochs_and_batches(tmp
     for settings in ({}, {"num_train_epochs": 7}, {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}):
         assert bound(tmp_path, image_data(26), **settings).prior_penalty.num_examples == 26
     assert bound(tmp_path, image_data(26), prior_num_examples=1000).prior_penalty.num_examples == 1000
+    bound(tmp_path, None).evaluate(image_data(4))  # nothing to train on: no N is asked for
 
 
 def test_a_stream_without_length_needs_prior_num_examples(tmp_path):

@@ -81,8 +81,8 @@ class PriorPenalty:
         on_mismatch: str = "error",
         min_coverage: float = 0.5,
     ) -> None:
-        if not num_examples > 0:
-            raise ValueError(f"num_examples is {num_examples}, expected the number of training examples, > 0.")
+        if not num_examples >= 1:
+            raise ValueError(f"num_examples is {num_examples}, expected the number of training examples, 1 or more.")
         if head_variance is not None and not (head_variance > 0 and math.isfinite(head_variance)):
             raise ValueError(f"head_variance is {head_variance}, expected a finite number > 0, or None for no head prior.")
         self.num_examples = int(num_examples)

@@ -8,6 +8,7 @@ loss stays the plain NLL.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -284,7 +285,7 @@ class PriorTrainerMixin(_TrainerBase):
         finally:
             model.train(training)
         single, double = float(once.float().mean()), float(twice.float().mean())
-        if single == 0.0 or abs(double - single / 2) <= 1e-3 * abs(single):
+        if not math.isfinite(single) or single == 0.0 or abs(double - single / 2) <= 1e-3 * abs(single):
             return
         self._ignores_item_count = True
         self.model_accepts_loss_kwargs = False

@@ -13,21 +13,29 @@ from prior_hub.distributed import local_tensor
 from prior_hub.errors import PriorHubError
 from prior_hub.priors.matching import canonical_parameters, persistent_buffers
 
+_MOST_UNSIZED = 1000
+
 __all__ = ["batch_norm_buffers", "has_batch_norm", "recompute_batch_norm"]
 
 
 def _normalisation_modules(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    """Modules that average statistics while they train; frozen BatchNorm (torchvision's, DETR's) does not."""
+    kept = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    return [m for m in kept if hasattr(m, "reset_running_stats") and hasattr(m, "momentum")]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any module keeps running statistics."""
+    """Whether any module averages statistics over batches."""
     return bool(_normalisation_modules(model))
 
 
 def batch_norm_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Canonical name -> running_mean, running_var and num_batches_tracked of every module that keeps them."""
-    ids = {id(buffer) for module in _normalisation_modules(model) for buffer in module.buffers(recurse=False)}
+    """Canonical name -> buffer of every module with a running mean: running_mean, running_var, num_batches_tracked.
+
+    Frozen BatchNorm's are among them.
+    """
+    with_statistics = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    ids = {id(buffer) for module in with_statistics for buffer in module.buffers(recurse=False)}
     return {name: buffer for name, buffer in persistent_buffers(model).items() if id(buffer) in ids}
 
 
@@ -48,7 +56,7 @@ def recompute_batch_norm(
         dataloader: batches of training data: dictionaries (passed as keywords), tuples (first element), or tensors.
         parameters: canonical name -> (*shape), the weights to measure at (this rank's shard of sharded ones); the
             model's own when None. Parameters not named stay as they are.
-        max_batches: stop after so many batches; all when None.
+        max_batches: stop after so many batches; all when None (of a data loader without a length, which may never end, 1000).
         progress: show a progress bar.
 
     Returns:
@@ -67,6 +75,8 @@ def recompute_batch_norm(
     modes = {module: module.training for module in model.modules()}
     momenta = {module: module.momentum for module in modules}
     device = next(iter(own.values())).device
+    total = _length(dataloader)
+    limit = max_batches if max_batches is not None or total is not None else _MOST_UNSIZED
     seen = 0
     try:
         with torch.no_grad():
@@ -77,9 +87,9 @@ def recompute_batch_norm(
                 module.reset_running_stats()
                 module.momentum = None  # None: the average over all batches
                 module.train()
-            bar = tqdm(dataloader, desc="BatchNorm statistics", total=_length(dataloader, max_batches), disable=not progress)
+            bar = tqdm(dataloader, desc="BatchNorm statistics", total=_least(total, limit), disable=not progress)
             for batch in bar:
-                if max_batches is not None and seen >= max_batches:
+                if limit is not None and seen >= limit:
                     break
                 _forward(model, batch, device)
                 seen += 1
@@ -111,8 +121,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _length(dataloader: Iterable[Any], limit: int | None) -> int | None:
-    size = len(dataloader) if isinstance(dataloader, Sized) else None
-    if limit is None or size is None:
-        return limit if size is None else size
-    return min(size, limit)
+def _length(dataloader: Iterable[Any]) -> int | None:
+    try:
+        return len(dataloader) if isinstance(dataloader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable data set has __len__, and raises in it
+        return None
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((n for n in numbers if n is not None), default=None)

@@ -119,8 +119,7 @@ class SwagCallback(TrainerCallback):
         own = folder / _rank_name()
         if own.is_file() or path.is_file():
             self.estimator.load(own if own.is_file() else path)
-            reshard(model)
-            self.estimator._covered(model)  # refuse another model now, and learn how this one is sharded
+            self.estimator.attach(model)  # refuse another model now, and learn how this one is sharded
             if (folder / _RATES_NAME).is_file():
                 self._learning_rates = json.loads((folder / _RATES_NAME).read_text(encoding="utf-8"))
             return

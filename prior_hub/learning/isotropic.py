@@ -16,8 +16,9 @@ from torch import nn
 
 from prior_hub.distributed import is_sharded
 from prior_hub.learning.batch_norm import batch_norm_buffers
+from prior_hub.learning.swag import source_facts
 from prior_hub.model import PriorModel
-from prior_hub.priors.matching import canonical_parameters, head_parameter_names, tied_names
+from prior_hub.priors.matching import canonical_parameters, without_head
 
 __all__ = ["isotropic_prior"]
 
@@ -43,10 +44,11 @@ def isotropic_prior(
     """
     if not variance > 0:
         raise ValueError(f"variance is {variance}, expected a number > 0.")
+    facts: dict[str, Any]
     if isinstance(source, PriorModel):
         known = source.config
         mean, buffers = source.mean, source.buffers
-        facts: dict[str, Any] = {
+        facts = {
             "head_parameters": known.head_parameters,
             "tied_parameters": known.tied_parameters,
             "base_model": known.base_model,
@@ -56,21 +58,17 @@ def isotropic_prior(
             "license": known.license,
         }
     else:
-        outside = head_parameter_names(source, head)
-        parameters = {n: p for n, p in canonical_parameters(source).items() if n not in set(outside)}
+        facts = source_facts(source, head)
+        outside = set(facts["head_parameters"])
+        parameters = {n: p for n, p in canonical_parameters(source).items() if n not in outside}
         if any(is_sharded(p) for p in parameters.values()):
             raise NotImplementedError("make the isotropic prior before the model is sharded.")
-        kept = {n: p.detach().to("cpu", torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
-        mean = {n: t.clone().contiguous() for n, t in kept.items()}
-        buffers = {n: b.detach().cpu().clone() for n, b in batch_norm_buffers(source).items()}
-        config = getattr(source, "config", None)
-        facts = {
-            "head_parameters": tuple(outside),
-            "tied_parameters": {a: n for a, n in tied_names(source).items() if n in mean},
-            "base_model": getattr(config, "_name_or_path", None) or None,
-            "base_model_revision": getattr(config, "_commit_hash", None),
-            "model_type": getattr(config, "model_type", None) or type(source).__name__,
-        }
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+        mean = {n: p.detach().to("cpu", dtype, copy=True).contiguous() for n, p in parameters.items()}
+        found = batch_norm_buffers(source)
+        buffers = {n: found[n].detach().cpu().clone() for n in without_head(found, outside, mean)}
+        facts["head_parameters"] = tuple(facts["head_parameters"])
+        facts["tied_parameters"] = {a: n for a, n in facts["tied_parameters"].items() if n in mean}
     facts["estimator"] = {"name": "isotropic", "variance": float(variance)}
     return PriorModel.from_tensors(
         mean,

@@ -25,11 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prior_hub.distributed import is_sharded, local_tensor, reshard
-from prior_hub.errors import PriorFormatError, PriorMatchError, PriorNumericsError
+from prior_hub.distributed import is_sharded, local_tensor, moved_placements, reshard
+from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNumericsError
 from prior_hub.learning.batch_norm import batch_norm_buffers
 from prior_hub.model import PriorModel
-from prior_hub.priors.matching import canonical_parameters, head_parameter_names, tied_names
+from prior_hub.priors.config import is_hub_name
+from prior_hub.priors.matching import canonical_parameters, head_parameter_names, tied_names, unwrapped, without_head
 
 __all__ = ["SwagEstimator"]
 
@@ -91,7 +92,8 @@ class SwagEstimator:
         self._ring: dict[str, Tensor] = {}  # (K, *shape); snapshot i lies in row (i - 1) % K
         self._buffers: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
-        self._layout: dict[str, Any] = {}
+        self._layout: dict[str, Any] = {}  # name -> (mesh, placements, full shape) of sharded parameters
+        self._sharded = False  # whether a loaded state is one rank's part
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -102,7 +104,7 @@ class SwagEstimator:
             PriorNumericsError: a weight is NaN or infinite; the estimate is left as it was.
         """
         reshard(model)
-        parameters = self._covered(model)
+        parameters, facts = self._covered(model)
         values = {name: local_tensor(p).detach() for name, p in parameters.items()}
         for name, value in values.items():
             if not torch.isfinite(value).all():
@@ -112,6 +114,7 @@ class SwagEstimator:
                     f"{self.num_snapshots + 1}: training has diverged. Lower the learning rate or start later."
                 )
         if not self._mean:
+            self._facts = facts
             self._allocate(values)
         self.num_snapshots += 1
         for name, value in values.items():
@@ -122,8 +125,9 @@ class SwagEstimator:
             self._squares[name] += difference * (snapshot - mean)
             if self.rank:
                 self._ring[name][(self.num_snapshots - 1) % self.rank] = snapshot
-        for name, buffer in batch_norm_buffers(model).items():
-            self._buffers[name] = local_tensor(buffer).detach().clone()
+        buffers = batch_norm_buffers(model)
+        for name in without_head(buffers, facts["head_parameters"], parameters):
+            self._buffers[name] = local_tensor(buffers[name]).detach().clone()
 
     def mean(self) -> dict[str, Tensor]:
         """The running mean, name -> (*shape) (this rank's shard of sharded parameters)."""
@@ -170,6 +174,8 @@ class SwagEstimator:
                 f"a variance needs two snapshots, there {'is' if self.num_snapshots == 1 else 'are'} "
                 f"{self.num_snapshots}. Start earlier, or take them more often (every_n_steps)."
             )
+        if self._sharded and not self._layout:
+            raise PriorHubError("this state is one rank's shard: call attach(model) with the sharded model on all ranks first.")
         rows = min(self.num_snapshots, self.rank)
         newest_first = [(self.num_snapshots - 1 - i) % self.rank for i in range(rows)]
         mean, variance, deviations = {}, {}, {}
@@ -202,7 +208,7 @@ class SwagEstimator:
             variance_floor=self.variance_floor,
             num_snapshots=self.num_snapshots,
             head_parameters=tuple(facts["head_parameters"]),
-            tied_parameters=facts["tied_parameters"],
+            tied_parameters={alias: name for alias, name in facts["tied_parameters"].items() if name in mean},
             base_model=base_model or facts["base_model"],
             base_model_revision=base_model_revision or (facts["base_model_revision"] if base_model is None else None),
             model_type=facts["model_type"],
@@ -228,6 +234,7 @@ class SwagEstimator:
             "num_snapshots": self.num_snapshots,
             "variance_floor": self.variance_floor,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "sharded": bool(self._layout),
             "facts": self._facts,
         }
         path = Path(path)
@@ -264,6 +271,7 @@ class SwagEstimator:
         self.reset()
         self.num_snapshots = int(header["num_snapshots"])
         self._facts = header["facts"]
+        self._sharded = bool(header.get("sharded"))
         groups = {"mean": self._mean, "squares": self._squares, "ring": self._ring, "buffer": self._buffers}
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
@@ -271,37 +279,40 @@ class SwagEstimator:
 
     # ------------------------------------------------------------------------------------------------------- internals
 
-    def _covered(self, model: nn.Module) -> dict[str, Tensor]:
+    def attach(self, model: nn.Module) -> None:
+        """Check that this is the model of the snapshots, and learn how its parameters are sharded now (after `load`).
+
+        Raises:
+            PriorMatchError: it is another model.
+        """
+        reshard(model)
+        self._covered(model)
+
+    def _covered(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parameters = canonical_parameters(model)
-        if not self._facts:
-            head = head_parameter_names(model, self.head)
-            config = getattr(model, "config", None)
-            self._facts = {
-                "head_parameters": head,
-                "base_model": getattr(config, "_name_or_path", None) or None,
-                "base_model_revision": getattr(config, "_commit_hash", None),
-                "model_type": getattr(config, "model_type", None) or type(model).__name__,
-                "tied_parameters": {},
-            }
-        outside = set(self._facts["head_parameters"])
+        facts = self._facts or source_facts(model, self.head)
+        outside = set(facts["head_parameters"])
         covered = {n: p for n, p in parameters.items() if n not in outside and (p.requires_grad or n in self._mean)}
         if not covered:
             raise PriorMatchError("the model has no trainable parameters beside its head: there is nothing to learn.")
         if self._mean and covered.keys() != self._mean.keys():
             odd = sorted(covered.keys() ^ self._mean.keys())
             raise PriorMatchError(
-                f"this is not the model of the first snapshot: {', '.join(odd[:3])} ({len(odd)} names differ)."
+                f"this is not the model of the first snapshot, or other parameters are trained now: {', '.join(odd[:3])} "
+                f"({len(odd)} names differ)."
             )
-        if not self._facts["tied_parameters"]:
-            self._facts["tied_parameters"] = {a: n for a, n in tied_names(model).items() if n in covered}
         for name, p in covered.items():
-            if is_sharded(p):
-                self._layout[name] = (p.device_mesh, p.placements, p.shape)  # type: ignore[attr-defined]
-            if self._mean and self._mean[name].shape != local_tensor(p).shape:
+            local = local_tensor(p)
+            if self._mean and self._mean[name].shape != local.shape:
                 raise PriorMatchError(f"{name!r} has changed its shape since the first snapshot.")
-            if self._mean and self.device is None and self._mean[name].device != local_tensor(p).device:
-                self._move(name, local_tensor(p).device)  # a state loaded from a file, on the CPU until now
-        return covered
+            if self._mean and self.device is None and self._mean[name].device != local.device:
+                self._move(name, local.device)  # a state loaded from a file, on the CPU until now
+        self._layout = {
+            name: (p.device_mesh, p.placements, p.shape)  # type: ignore[attr-defined]
+            for name, p in covered.items()
+            if is_sharded(p)
+        }
+        return covered, facts
 
     def _move(self, name: str, device: torch.device) -> None:
         for group in (self._mean, self._squares, self._ring):
@@ -320,14 +331,30 @@ class SwagEstimator:
         """The full tensor, on the CPU, from every rank's shard (a collective call when sharded)."""
         if name not in self._layout:
             return local.cpu()
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor
 
         mesh, placements, shape = self._layout[name]
-        moved = [Shard(p.dim + leading) if isinstance(p, Shard) else p for p in placements]
+        moved = moved_placements(placements, leading)
         full_shape = torch.Size((*local.shape[:leading], *shape))
         stride = torch.empty(full_shape, device="meta").stride()
         sharded = DTensor.from_local(local.to(mesh.device_type), mesh, moved, run_check=False, shape=full_shape, stride=stride)
         return sharded.full_tensor().cpu()
+
+
+def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str, Any]:
+    """What a prior records about its source model: head, tied weights, base model and its commit, type (JSON values)."""
+    inner = unwrapped(model)
+    config = getattr(inner, "config", None)
+    outside = head_parameter_names(model, head)
+    base = getattr(config, "_name_or_path", None)
+    on_the_hub = isinstance(base, str) and is_hub_name(base) and not Path(base).exists()
+    return {
+        "head_parameters": outside,
+        "tied_parameters": {alias: name for alias, name in tied_names(model).items() if name not in set(outside)},
+        "base_model": base if on_the_hub else None,  # a path of this machine means nothing to others
+        "base_model_revision": getattr(config, "_commit_hash", None) if on_the_hub else None,
+        "model_type": getattr(config, "model_type", None) or type(inner).__name__,
+    }
 
 
 def _listed(dataset: str | Sequence[str] | None) -> str | list[str] | None:

@@ -26,6 +26,8 @@ CONFIG_NAME = "prior_config.json"
 FAMILY = "low_rank_gaussian"
 MAX_CONFIG_BYTES = 64 * 2**20
 WEIGHTS_PATTERN = re.compile(r"prior\.safetensors|prior-\d{5}-of-\d{5}\.safetensors")
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}(?:/{_HUB_NAME})?")
 MEAN_DTYPES = ("float32", "float64")
 DEVIATION_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _MAX_ENTRIES = 2**53  # entries a shape may declare; beyond it products are no longer exact in JSON readers
@@ -222,6 +224,11 @@ def parse_json(text: str | bytes, *, where: str) -> Any:
 
 def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
+
+
+def is_hub_name(name: Any) -> bool:
+    """Whether `name` could be the name of a repository on the Hub ("organisation/name", or an old "name")."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
 
 
 def check_weight_file_name(name: str) -> None:

@@ -76,9 +76,9 @@ class LowRankGaussian:
         contributions: Mapping[str, float] | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.mean = dict(mean)
-        self.variance = dict(variance)
-        self.deviations = dict(deviations or {})
+        self.mean = {name: tensor.detach() for name, tensor in mean.items()}
+        self.variance = {name: tensor.detach() for name, tensor in variance.items()}
+        self.deviations = {name: tensor.detach() for name, tensor in (deviations or {}).items()}
         self.rank = _check_layout(self.mean, self.variance, self.deviations)
         if self.rank == 0:
             self.deviations = {}
@@ -200,6 +200,9 @@ class LowRankGaussian:
         the penalty and get no gradient.
         """
         self._checked_names(theta)
+        for name, out in into.items():
+            if name not in self.mean or out.shape != self.mean[name].shape:
+                raise PriorMatchError(f"cannot write the gradient of {name!r}: no such parameter, or another shape.")
         flat = {name: out.reshape(-1) for name, out in into.items()}  # a copy where `out` is not contiguous
 
         def add(name: str, start: int, stop: int, values: Tensor) -> None:
@@ -243,6 +246,12 @@ class LowRankGaussian:
         device = generator.device if generator is not None else self._device()
         low_rank = self._low_rank_scale()
         shared = torch.randn(self.rank, dtype=torch.float64, device=device, generator=generator).to(self._device())
+        with torch.autocast(self._device().type, enabled=False):
+            return self._draw(shared, low_rank, device, generator)
+
+    def _draw(
+        self, shared: Tensor, low_rank: float, device: torch.device, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
         draw: dict[str, Tensor] = {}
         for name, mean in self.mean.items():
             dtype = torch.promote_types(mean.dtype, torch.float32)
@@ -330,12 +339,26 @@ class LowRankGaussian:
                     f"{tensor.min().item():.3e}). Parameters that never moved, or too few snapshots, give this: "
                     "collect more, or pass variance_floor."
                 )
+            smallest = tensor.min().to(torch.promote_types(tensor.dtype, torch.float32))
+            diagonal = smallest * (self.scale * self.diagonal_weight) + self.eps
+            if not diagonal >= torch.finfo(diagonal.dtype).tiny:
+                raise PriorNumericsError(
+                    f"scale {self.scale:g} x diagonal_weight {self.diagonal_weight:g} x the smallest variance of {name!r}, "
+                    f"{smallest.item():.3e}, + eps {self.eps:g} is {diagonal.item():.3e}: not a positive number that "
+                    f"{str(diagonal.dtype).removeprefix('torch.')} can hold. Use a larger scale or eps."
+                )
 
     # ----------------------------------------------------------------------------------------------------- internals
 
     def _evaluate(self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None) -> Tensor:
         """The penalty; `emit(name, start, stop, values)` receives the gradient block by block, flat."""
         device = self._device()
+        with torch.autocast(device.type, enabled=False):  # an autocast region around us would multiply in bfloat16
+            return self._evaluate_in_full(theta, emit, device)
+
+    def _evaluate_in_full(
+        self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None, device: torch.device
+    ) -> Tensor:
         accumulator = _accumulator(device)
         low_rank = self._low_rank_scale()
         factor = self._cholesky()
@@ -373,14 +396,8 @@ class LowRankGaussian:
         if self._factor is None:
             device = self._device()
             accumulator = _accumulator(device)
-            gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
-            for name in self.names:
-                weight = self._weight(name)
-                for start, stop in self._blocks(name):
-                    rows = self._rows(name, start, stop, accumulator)
-                    gram += weight * (rows / self._diagonal(name, start, stop, accumulator)) @ rows.T
-            if self._sum is not None:
-                self._sum(gram)
+            with torch.autocast(device.type, enabled=False):
+                gram = self._gram(accumulator, device)
             matrix = torch.eye(self.rank, dtype=accumulator, device=device) + low_rank**2 * gram
             factor, info = torch.linalg.cholesky_ex(matrix)
             if int(info) or not torch.isfinite(factor).all():
@@ -390,6 +407,16 @@ class LowRankGaussian:
                 )
             self._factor = factor
         return self._factor
+
+    def _gram(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """D A^-1 D^T, (K, K), over all ranks."""
+        gram = torch.zeros(self.rank, self.rank, dtype=dtype, device=device)
+        for name in self.names:
+            weight = self._weight(name)
+            for start, stop in self._blocks(name):
+                rows = self._rows(name, start, stop, dtype)
+                gram += weight * (rows / self._diagonal(name, start, stop, dtype)) @ rows.T
+        return gram if self._sum is None else self._sum(gram)
 
     def _low_rank_scale(self) -> float:
         return math.sqrt(self.scale * self.low_rank_weight) if self.deviations else 0.0
@@ -481,10 +508,15 @@ def _check_layout(mean: dict[str, Tensor], variance: dict[str, Tensor], deviatio
         if tensors.keys() != mean.keys():
             odd = sorted(tensors.keys() ^ mean.keys())
             raise PriorMatchError(f"mean and {kind} name different parameters: {', '.join(odd[:5])} ({len(odd)} in all).")
-    ranks = {rows.shape[0] if rows.ndim else -1 for rows in deviations.values()}
+    flat = [name for name, rows in deviations.items() if not rows.ndim]
+    if flat:
+        raise PriorMatchError(f"deviations of {flat[0]!r} are a single number, expected (K, *shape).")
+    ranks = {rows.shape[0] for rows in deviations.values()}
     if len(ranks) > 1:
         raise PriorMatchError(f"deviations have different numbers of rows: {sorted(ranks)}.")
     for name, tensor in mean.items():
+        if not tensor.is_floating_point():
+            raise PriorMatchError(f"mean of {name!r} is {tensor.dtype}, expected real floating-point numbers.")
         if variance[name].shape != tensor.shape:
             raise PriorMatchError(f"variance of {name!r} is {tuple(variance[name].shape)}, mean {tuple(tensor.shape)}.")
         if deviations and deviations[name].shape[1:] != tensor.shape:

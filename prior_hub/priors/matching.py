@@ -29,24 +29,21 @@ __all__ = [
     "match_parameters",
     "persistent_buffers",
     "tied_names",
+    "unwrapped",
+    "without_head",
 ]
 
 NameMap = Mapping[str, str] | Sequence[tuple[str, str]] | Callable[[str], str | None]
 
-_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PEFT_PREFIX = "base_model.model."
 _HEAD_NAMES = (
-    "fc",
-    "classifier",
-    "head",
-    "heads",
-    "linear",
-    "score",
-    "classification_head",
-    "head_dist",
-    "lm_head",
-    "logits",
+    *("fc", "classifier", "head", "heads", "linear", "score", "classification_head", "head_dist", "lm_head", "logits"),
+    *("qa_outputs", "cls", "predictions", "decode_head", "class_predictor", "bbox_predictor", "mask_head"),
 )
+_INNER_HEAD_NAMES = ("class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head", "class_labels_classifier")
+_CANDIDATES = 64  # proposals that are scored
+_MOST_PAIRS = 50_000  # pairs of names that propose
 _AMBIGUOUS = 0.9  # a second prefix that explains this share of what the best one explains makes the choice a guess
 
 
@@ -66,11 +63,10 @@ def canonical_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    peft = any(hasattr(m, "peft_config") for m in _unwrapped_chain(model))
-    wrapped = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+    strip = _stripper(model)
     result: dict[str, Tensor] = {}
     for raw, tensor in tensors.items():
-        name = _strip(raw, peft=peft, wrapped=wrapped)
+        name = strip(raw)
         if name is None:
             continue
         if name in result:
@@ -97,40 +93,76 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Alias -> canonical name, for every further name of a shared parameter."""
+    strip = _stripper(model)
     first = {id(tensor): name for name, tensor in canonical_parameters(model).items()}
     result = {}
     for raw, tensor in model.named_parameters(remove_duplicate=False):
-        name = _strip_all(model, raw)
+        name = strip(raw)
         canonical = first.get(id(tensor))
         if name is not None and canonical is not None and name != canonical:
             result[name] = canonical
     return result
 
 
-def _strip_all(model: nn.Module, raw: str) -> str | None:
-    peft = any(hasattr(m, "peft_config") for m in _unwrapped_chain(model))
-    return _strip(raw, peft=peft, wrapped=type(model).__name__ in ("DistributedDataParallel", "DataParallel"))
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel, torch.compile and PEFT wrappers; the model itself without them."""
+    inner: Any = _chain(model)[-1]
+    base: Any = inner.get_base_model() if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model") else inner
+    return base if isinstance(base, nn.Module) else _chain(model)[-1]
 
 
-def _unwrapped_chain(model: nn.Module) -> Iterable[nn.Module]:
-    current: nn.Module | None = model
-    while isinstance(current, nn.Module):
-        yield current
-        inner = current._modules.get("_orig_mod") or current._modules.get("module")
-        current = inner if isinstance(inner, nn.Module) else None
+def _chain(model: nn.Module) -> list[nn.Module]:
+    """`model` and what is inside its DDP, DataParallel and torch.compile wrappers, outermost first."""
+    chain = [model]
+    while True:
+        parts = chain[-1]._modules
+        data_parallel = type(chain[-1]).__name__ in ("DistributedDataParallel", "DataParallel")
+        inner = parts.get("module") if data_parallel else parts.get("_orig_mod")
+        if inner is None:
+            return chain
+        chain.append(inner)
 
 
-def _strip(raw: str, *, peft: bool, wrapped: bool) -> str | None:
-    parts = [part for part in raw.split(".") if part not in _WRAPPER_PARTS]
-    if wrapped and parts[0] == "module":
-        parts = parts[1:]
-    name = ".".join(parts)
-    if peft:
-        name = name.removeprefix(_PEFT_PREFIX)
-        if ".original_module." in name:
+def _stripper(model: nn.Module) -> Callable[[str], str | None]:
+    """The function from a raw name to a canonical one; None for PEFT's untrained copies."""
+    chain = _chain(model)
+    wrapped = any(type(m).__name__ in ("DistributedDataParallel", "DataParallel") for m in chain)
+    peft = next((m for m in chain if hasattr(m, "peft_config")), None)
+    active = getattr(peft, "active_adapters", None) or getattr(peft, "active_adapter", None) or ()
+    adapters = {active} if isinstance(active, str) else set(active() if callable(active) else active)
+
+    def strip(raw: str) -> str | None:
+        parts = [part for part in raw.split(".") if part not in _WRAPPER_PARTS]
+        if wrapped and parts[0] == "module":
+            parts = parts[1:]
+        name = ".".join(parts)
+        if peft is None:
+            return name
+        name = re.sub(r"\.base_layer(?=\.)", "", name.removeprefix(_PEFT_PREFIX))
+        copy = re.search(r"\.modules_to_save\.([^.]+)\.", name)
+        if ".original_module." in name or (copy and adapters and copy[1] not in adapters):
             return None
-        name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
-    return name
+        return re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+
+    return strip
+
+
+def without_head(names: Iterable[str], head: Iterable[str], body: Iterable[str]) -> list[str]:
+    """Those of `names` (buffers) that are not the head's: their nearest module with parameters has some of the body's."""
+    head_modules = {prefix for name in head for prefix in _module_prefixes(name)}
+    body_modules = {prefix for name in body for prefix in _module_prefixes(name)}
+    kept = []
+    for name in names:
+        nearest = next((p for p in _module_prefixes(name) if p in head_modules or p in body_modules), "")
+        if nearest in body_modules or nearest not in head_modules:
+            kept.append(name)
+    return kept
+
+
+def _module_prefixes(name: str) -> list[str]:
+    """Modules a name lies in, nearest first: of a.b.c they are a.b, a, and the model itself."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
 
 def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "auto") -> list[str]:
@@ -146,7 +178,7 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
         PriorMatchError: "auto" finds nothing, or a given name does not exist. A head that goes unnoticed would bind to
             a same-shaped head for other classes, so this is never guessed.
     """
-    inner = list(_unwrapped_chain(model))[-1]
+    inner = unwrapped(model)
     names = canonical_parameters(model)
     if head is None or (not isinstance(head, str) and not head):
         return []
@@ -157,8 +189,7 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
         if unused:
             raise PriorMatchError(f"head={unused[0]!r} names no parameter; the model has {', '.join(list(names)[-3:])}.")
         return found
-    peft_inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
-    ids = _head_ids(peft_inner)
+    ids = _head_ids(inner)
     if ids is None:
         top = ", ".join(dict.fromkeys(n.split(".")[0] for n in names))
         raise PriorMatchError(
@@ -178,13 +209,40 @@ def _head_ids(model: Any) -> set[int] | None:
         body = getattr(model, "base_model", model)
         if body is model and isinstance(getattr(model, "backbone", None), nn.Module):
             body = model.backbone
-        inside = {id(p) for p in body.parameters()} if isinstance(body, nn.Module) else set()
-        return {id(p) for p in model.parameters() if id(p) not in inside}
-    for name in _HEAD_NAMES:
-        module = model._modules.get(name)
-        if isinstance(module, nn.Module):
-            return {id(p) for p in module.parameters()}
-    return None
+        outside = {id(p) for p in model.parameters()} - {id(p) for p in body.parameters()}
+        return outside if outside else _headless(model)
+    return _named_heads(model, _HEAD_NAMES, model.named_children())
+
+
+def _headless(model: Any) -> set[int] | None:
+    """The head of a transformers model that keeps no parameter outside its base: none, a tied one, an inner one, or unknown."""
+    name = type(model).__name__
+    if re.search(r"(Model|Backbone|Encoder|Decoder)$", name) or getattr(model.config, "num_labels", None) == 0:
+        return set()
+    inner = _named_heads(model, _HEAD_NAMES, model.named_children())
+    inner = inner or _named_heads(model, _INNER_HEAD_NAMES, model.named_modules())
+    embeddings = [m for m in (_embeddings(model, "get_input_embeddings"), _embeddings(model, "get_output_embeddings")) if m]
+    if len(embeddings) == 2 and embeddings[0].weight is embeddings[1].weight:
+        return (inner or set()) - {id(embeddings[0].weight)}  # a language model: its head is its embedding
+    return inner
+
+
+def _embeddings(model: Any, getter: str) -> Any:
+    try:
+        found = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), Tensor) else None
+
+
+def _named_heads(model: nn.Module, names: Sequence[str], modules: Iterable[tuple[str, nn.Module]]) -> set[int] | None:
+    """The parameters of all modules with a usual name, auxiliary heads too; None if there is no such module."""
+    found = {name: module for name, module in modules if name.rsplit(".", 1)[-1] in names}
+    ids = {id(p) for module in found.values() for p in module.parameters()}
+    if not ids:
+        return None
+    auxiliary = [m for name, m in model.named_children() if name.lower().startswith("aux")]
+    return ids | {id(p) for module in auxiliary for p in module.parameters()}
 
 
 # ------------------------------------------------------------------------------------------------------------ matching
@@ -217,16 +275,18 @@ class Match:
     new_frozen: tuple[str, ...] = ()
     covered_values: int = 0
     model_values: int = 0
-    mapped: bool = False
+    name_map: NameMap | None = field(default=None, compare=False)
 
-    def rename(self, name: str) -> str:
-        """The name in the model of `name` of the source model, under the inferred prefix."""
-        return self.add + name.removeprefix(self.strip)
+    def rename(self, name: str) -> str | None:
+        """The name in the model of any name of the source model, a buffer's for example; None if it has none."""
+        if self.name_map is not None:
+            return _apply_map([name], self.name_map).get(name)
+        return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else None
 
     def report(self) -> str:
         """What a person wants to know, in one or a few lines."""
         total = len(self.pairs) + len(self.new)
-        change = _describe_prefix(self.strip, self.add) if not self.mapped else ", names by name_map"
+        change = _describe_prefix(self.strip, self.add) if self.name_map is None else ", names by name_map"
         lines = [
             f"{len(self.pairs)} of {total} parameters under the prior "
             f"({_count(self.covered_values)} of {_count(self.model_values)} values){change}"
@@ -297,11 +357,12 @@ def match_names(
         head_parameters: the source task's head as the prior records it; never bound unless `include_head`.
         tied_parameters: alias -> name in the prior, of the source model's tied weights.
         name_map: instead of an inferred prefix: {regular expression: replacement} rules, of which the first that
-            matches the whole beginning of a name is applied with `re.sub`, or a callable from a prior name to a model
-            name (None: leave out).
+            matches at the beginning of a name is applied once with `re.sub`, or a callable from a prior name to a model
+            name (None: leave out). A name that no rule matches is left out: end with {"^": ""} to keep the others as they are.
         include_head: bind the source task's head too (same classes on both sides).
         on_mismatch: "error" or "drop" for pairs whose shapes differ.
-        min_coverage: share of the prior's values (its head aside) that must find a place.
+        min_coverage: share of the prior's parameters, and of their values, that must find a place (its head aside). One large
+            embedding of another architecture is not enough.
 
     Raises:
         PriorMatchError: no or too few pairs, two prefixes that fit about as well, two names that map to one, or shapes
@@ -312,6 +373,11 @@ def match_names(
         raise ValueError(f"on_mismatch is {on_mismatch!r}, expected 'error' or 'drop'.")
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage is {min_coverage}, expected a share between 0 and 1.")
+    if include_head and head_parameters and not set(head_parameters) & set(prior):
+        raise PriorMatchError(
+            f"include_head=True, but this prior does not hold the source task's head ({head_parameters[0]!r}, ...): it was "
+            "left out when the prior was learned."
+        )
     head = () if include_head else tuple(n for n in prior if n in set(head_parameters))
     body = {n: tuple(shape) for n, shape in prior.items() if n not in set(head)}
     if not body:
@@ -319,7 +385,7 @@ def match_names(
     shapes = {name: tuple(shape) for name, shape in model.items()}
     known = {**shapes, **{alias: shapes[name] for alias, name in (aliases or {}).items()}}
     if name_map is None:
-        strip, add = _infer_prefix(body, known, min_coverage)
+        strip, add = _infer_prefix(body, known, aliases or {}, min_coverage)
         targets = {n: add + n.removeprefix(strip) for n in body if n.startswith(strip)}
     else:
         strip = add = ""
@@ -352,7 +418,7 @@ def match_names(
         )
     covered = sum(math.prod(shapes[t]) for t in pairs.values())
     total = sum(math.prod(shape) for shape in body.values())
-    if not pairs or covered < min_coverage * total:
+    if not pairs or covered < min_coverage * total or len(pairs) < min_coverage * len(body):
         raise PriorMatchError(_coverage_message(body, shapes, pairs, covered, total, min_coverage))
     bound = set(pairs.values())
     frozen_set = set(frozen)
@@ -369,49 +435,62 @@ def match_names(
         new_frozen=tuple(n for n in new if n in frozen_set),
         covered_values=covered,
         model_values=sum(math.prod(shape) for shape in shapes.values()),
-        mapped=name_map is not None,
+        name_map=name_map,
     )
 
 
 def _infer_prefix(
-    prior: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], min_coverage: float
+    prior: Mapping[str, tuple[int, ...]],
+    model: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+    min_coverage: float,
 ) -> tuple[str, str]:
     """The one (strip, add) that gives the most values a place of the same shape.
 
-    Every pair of names with the same last part and shape proposes the prefixes left after their longest common suffix;
-    a proposal's score is the number of values that find a same-shaped place under it.
+    A pair of names with the same last part and shape proposes the prefixes left after their longest common suffix; a
+    proposal's score is the number of values that find a same-shaped place under it. Names that share their shape with few
+    others are asked first, and where thousands are alike (the experts of a mixture) only some.
     """
-    by_tail: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, shape in model.items():
-        by_tail[name.rsplit(".", 1)[-1], shape].append(name)
-    proposals: Counter[tuple[str, str]] = Counter()
-    for name, shape in prior.items():
-        for other in by_tail.get((name.rsplit(".", 1)[-1], shape), ()):
-            proposals[_prefixes(name, other)] += math.prod(shape)
-    proposals[("", "")] += 0
+    proposals = _proposals(prior, model)
     scores: list[tuple[int, tuple[str, str], frozenset[tuple[str, str]]]] = []
-    for strip, add in sorted(proposals, key=lambda pair: (-proposals[pair], len(pair[0]) + len(pair[1]), pair))[:64]:
-        hits = frozenset(
-            (n, add + n.removeprefix(strip))
-            for n, shape in prior.items()
-            if n.startswith(strip) and model.get(add + n.removeprefix(strip)) == shape
-        )
-        scores.append((sum(math.prod(prior[n]) for n, _ in hits), (strip, add), hits))
+    for strip, add in sorted(proposals, key=lambda pair: (-proposals[pair], len(pair[0]) + len(pair[1]), pair))[:_CANDIDATES]:
+        places = {n: add + n.removeprefix(strip) for n in prior if n.startswith(strip)}
+        hits = {n: aliases.get(place, place) for n, place in places.items() if model.get(place) == prior[n]}
+        scores.append((sum(math.prod(prior[n]) for n in hits), (strip, add), frozenset(hits.items())))
     scores.sort(key=lambda item: (-item[0], len(item[1][0]) + len(item[1][1])))
-    best, chosen, hits = scores[0]
-    as_is = next(item for item in scores if item[1] == ("", "")) if any(s[1] == ("", "") for s in scores) else None
-    if as_is is not None and as_is[0] == best:
-        return as_is[1]  # the names as they are, which is also what load_state_dict would do
+    best, chosen, hits_of_best = scores[0]
+    if any(prefix == ("", "") and count == best for count, prefix, _ in scores):
+        return "", ""  # the names as they are, which is also what load_state_dict would do
     if best < min_coverage * sum(math.prod(shape) for shape in prior.values()):
         return chosen  # too little to choose from: the caller says so
-    for count, prefix, other_hits in scores[1:]:
-        if best and count >= _AMBIGUOUS * best and other_hits != hits:
+    for count, prefix, hits_of_other in scores[1:]:
+        if best and count >= _AMBIGUOUS * best and hits_of_other != hits_of_best:
             raise PriorMatchError(
                 f"the prior fits this model in more than one place: with {_describe_prefix(*chosen).lstrip(', ')} "
                 f"({_count(best)} values) and with {_describe_prefix(*prefix).lstrip(', ')} ({_count(count)} values). "
                 "Say which is meant: name_map={r'^" + re.escape(chosen[0]) + "': '" + chosen[1] + "'}."
             )
     return chosen
+
+
+def _proposals(prior: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]]) -> Counter[tuple[str, str]]:
+    """(strip, add) -> number of values of the pairs that propose it."""
+    left: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    right: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for names, groups in ((prior, left), (model, right)):
+        for name, shape in names.items():
+            groups[name.rsplit(".", 1)[-1], shape].append(name)
+    proposals: Counter[tuple[str, str]] = Counter({("", ""): 0})
+    pairs = 0
+    for key in sorted(left.keys() & right.keys(), key=lambda k: len(left[k]) * len(right[k])):
+        some = left[key][: max(1, _MOST_PAIRS // len(right[key]))]
+        if pairs > _MOST_PAIRS:
+            break
+        for name in some:
+            for other in right[key]:
+                proposals[_prefixes(name, other)] += math.prod(key[1])
+        pairs += len(some) * len(right[key])
+    return proposals
 
 
 def _prefixes(name: str, other: str) -> tuple[str, str]:
@@ -423,7 +502,7 @@ def _prefixes(name: str, other: str) -> tuple[str, str]:
     return "".join(part + "." for part in left), "".join(part + "." for part in right)
 
 
-def _apply_map(prior: Mapping[str, object], name_map: NameMap) -> dict[str, str]:
+def _apply_map(prior: Iterable[str], name_map: NameMap) -> dict[str, str]:
     if callable(name_map):
         return {name: target for name in prior if (target := name_map(name)) is not None}
     rules = list(name_map.items()) if isinstance(name_map, Mapping) else list(name_map)
@@ -460,7 +539,8 @@ def _coverage_message(
         if len(same) > len(set(prior.values())) / 2
         else "the shapes differ too: this is probably a prior for another architecture"
     )
-    lower = f", or min_coverage below {covered / max(total, 1):.2f} if so small a part is meant" if pairs else ""
+    share = min(covered / max(total, 1), len(pairs) / len(prior))
+    lower = f", or min_coverage of {math.floor(share * 100) / 100:.2f} or less if so small a part is meant" if pairs else ""
     return (
         f"{found} parameters of the prior ({covered} of {total} values, min_coverage={wanted}) have a place in the model. "
         f"The prior has names like {first!r}, the model like {second!r}: {hint}{lower}."

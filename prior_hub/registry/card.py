@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from prior_hub.errors import PriorFormatError
-from prior_hub.priors.config import PriorConfig
+from prior_hub.priors.config import PriorConfig, is_hub_name
 
 __all__ = ["card_metadata", "read_card", "render_card", "update_card"]
 
@@ -25,8 +25,6 @@ PLACEHOLDER = "path/to/this/prior"
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n((?:.*?\n)?)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 _LOAD_LINE = re.compile(r"^prior = PriorModel\.from_pretrained\(.*\)$", re.MULTILINE)
-_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}(?:/{_HUB_NAME})?")
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LIBRARY_NAME = "prior-hub"
 _TAGS = ("prior-hub", "prior", "bayesian", "transfer-learning")
@@ -39,10 +37,10 @@ def card_metadata(config: PriorConfig) -> dict[str, Any]:
         data["license"] = config.license
     elif config.license:  # not in the form of the Hub's list
         data |= {"license": "other", "license_name": config.license}
-    if config.base_model and _HUB_ID.fullmatch(config.base_model):
+    if is_hub_name(config.base_model):
         data["base_model"] = config.base_model
     dataset = config.source.get("dataset")
-    valid = [name for name in _as_list(dataset) if isinstance(name, str) and _HUB_ID.fullmatch(name)]
+    valid = [name for name in _as_list(dataset) if is_hub_name(name)]
     if valid:
         data["datasets"] = _once(valid)
     estimator = str(config.estimator.get("name") or "").lower()

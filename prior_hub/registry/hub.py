@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -442,8 +443,10 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
         if "Invalid metadata in README.md" not in str(error):
             raise
         raise PriorFormatError(
-            f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}"
+            f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}."
         ) from error
+    except RuntimeError as error:  # hf_xet's
+        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)}") from error
     except Exception as error:
         # The client lets errors of its HTTP library through raw, and that library differs between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
@@ -452,5 +455,8 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+    """What the Hub said, or else the first line of what the client says; without the signatures of signed addresses."""
+    said = getattr(error, "server_message", None) or str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1", lines[0]) if lines else type(error).__name__
+    return line.rstrip(".") + "."
