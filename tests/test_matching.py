@@ -315,7 +315,10 @@ def test_heads_of_real_classes_are_found_or_asked_for():
     )
     assert head_parameter_names(tf.T5EncoderModel(tf.T5Config(**t5))) == []
     segmenter = tf.UperNetConfig(
-        backbone_config=ResNetConfig(**RESNET, out_features=["stage1", "stage2"]), hidden_size=8, pool_scales=[1]
+        backbone_config=ResNetConfig(**RESNET, out_features=["stage1", "stage2"]),
+        hidden_size=8,
+        pool_scales=[1],
+        auxiliary_in_channels=16,
     )
     names = head_parameter_names(meta(lambda: UperNetForSemanticSegmentation(segmenter)))
     assert {n.split(".")[0] for n in names} == {"decode_head", "auxiliary_head"}
