@@ -1,9 +1,13 @@
+"""Every test talks to a Hub server of its own on loopback; its address must be known before huggingface_hub is imported."""
+
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
 from hub_fixtures import HubServer, client_environment, start_hub
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other on a busy machine
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="prior-hub-tests-")
 _HUB = start_hub(Path(_FOLDER.name) / "hub")
