@@ -1,0 +1,85 @@
+"""The examples run from top to bottom and print the numbers they claim."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prior_hub import PriorModel
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments, folder):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_the_fifteen_lines_learn_store_load_and_use_a_prior(tmp_path):
+    printed = run("minimal.py", folder=tmp_path)
+    assert "21 of 23 parameters under the prior" in printed
+    assert float(re.search(r"test NLL (\d+\.\d+) nats", printed)[1]) < np.log(10)  # better than a guess
+    prior = PriorModel.from_pretrained(tmp_path / "out" / "prior")
+    assert prior.rank == 10
+    assert prior.config.estimator["batch_norm"] == "recomputed at the mean"
+
+
+def parquet(folder, *, classes, column, rows):
+    """A data set in the shape of CIFAR's, of noise."""
+    from datasets import Dataset
+
+    g = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = []
+        for _ in range(rows):
+            file = io.BytesIO()
+            Image.fromarray(g.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            images.append({"bytes": file.getvalue(), "path": None})
+        labels = (np.arange(rows) % classes).tolist()
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        from datasets import Features, Value
+        from datasets import Image as ImageFeature
+
+        features = Features({"image": ImageFeature(), "label": Value("int64"), column: Value("int64")})
+        data = Dataset.from_dict({"image": images, "label": labels, column: labels}, features=features)
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+def test_cifar_resnet20_runs_on_local_folders_and_prints_the_table_of_its_numbers(tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import cifar_resnet20 as example
+
+    torch.manual_seed(0)
+    model = example.ResNet20(10)
+    assert sum(p.numel() for p in model.parameters()) == 269_722  # as published
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    parquet(tmp_path / "source", classes=10, column="other", rows=64)
+    parquet(tmp_path / "target", classes=20, column="coarse_label", rows=64)
+    folders = ("--source", tmp_path / "source", "--target", tmp_path / "target", "--output", tmp_path / "out")
+    printed = run("cifar_resnet20.py", "--weights", tmp_path / "weights.safetensors", *folders, "--quick", folder=tmp_path)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == set(example.METHODS)
+    for row in rows:  # one seed: the table holds each number itself
+        line = next(line for line in printed.splitlines() if line.startswith(row["method"]))
+        assert f"{row['accuracy']:.3f}" in line
+        assert f"{row['nll']:.3f}" in line
+    assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 3
+
+
+@pytest.mark.parametrize("script", ["cifar_resnet20.py"])
+def test_help_teaches(script, tmp_path):
+    printed = run(script, "--help", folder=tmp_path)
+    assert len(printed.split()) > 150
+    assert "--quick" in printed
