@@ -9,8 +9,8 @@
             learned prior        N(mean, scale * SWAG covariance)
 
 Every method has a learning rate and one strength to choose, and the same number of candidates. They are tried on development
-sets (few-shot sets and validation images that no reported number ever sees), one per n, and the candidate with the lowest
-NLL, averaged over n, is used for every reported run. The typical variance of a weight takes the same values for both priors:
+sets (few-shot sets and validation images that no reported number ever sees), two for each n, and the candidate with the
+lowest NLL, averaged over all of them, is used for every reported run. The typical variance of a weight takes the same values for both priors:
 the scale of the learned one is that value / the median of its marginal variances.
 
 The images are scikit-learn's copy of the "Optical Recognition of Handwritten Digits" test set (Alpaydin and Kaynak 1998, UCI,
@@ -73,14 +73,23 @@ class _Plan:
     steps: int = 60
     batch: int = 25
     numbers: tuple[int, ...] = (10, 25, 50)
-    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1)
-    weight_decays: tuple[float, ...] = (1e-3, 1e-2, 3e-2)
-    variances: tuple[float, ...] = (0.1, 1.0, 10.0)  # typical variance of a weight under a prior
+    learning_rates: tuple[float, ...] = (0.03, 0.1)
+    weight_decays: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    variances: tuple[float, ...] = (0.1, 0.3, 1.0)  # typical variance of a weight under a prior
     head_variance: float = 1.0
+    development_sets: int = 2  # for each n
 
 
 _QUICK = _Plan(
-    pixels=16, source_steps=24, rank=4, steps=4, numbers=(10,), learning_rates=(0.05,), weight_decays=(1e-2,), variances=(1.0,)
+    pixels=16,
+    source_steps=24,
+    rank=4,
+    steps=4,
+    numbers=(10, 20),
+    learning_rates=(0.03,),
+    weight_decays=(1e-2,),
+    variances=(1.0,),
+    development_sets=1,
 )
 
 
@@ -158,13 +167,17 @@ def run_demo(output: Path, *, seeds: int = 3, quick: bool = False, progress: boo
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="prior-hub-demo-") as scratch, _steady_process():
         source, target = _tasks(plan.pixels)
-        print(f"1. Source task: digits 0-4 in four orientations, timm {ARCHITECTURE} from scratch, {plan.source_steps} SGD steps")
+        print(
+            f"1. Source task: digits 0-4 in four orientations, timm {ARCHITECTURE} from scratch, {plan.source_steps} SGD steps"
+        )
         prior, source_accuracy = _learn(source, plan, scratch, progress)
         prior.save_pretrained(output / "prior")
         prior = PriorModel.from_pretrained(output / "prior")
         size = sum(file.stat().st_size for file in (output / "prior").glob("*.safetensors")) / 1e6
         print(f"   accuracy on held-out digits 0-4: {100 * source_accuracy:.1f} % of 20 classes")
-        print(f"   {prior}, {prior.config.num_snapshots} snapshots, {size:.1f} MB in {output / 'prior'}, loaded back from there\n")
+        print(
+            f"   {prior}, {prior.config.num_snapshots} snapshots, {size:.1f} MB in {output / 'prior'}, loaded back from there\n"
+        )
 
         runner = _Runner(prior, target, plan, scratch)
         print(runner.describe())
@@ -351,7 +364,7 @@ class _Runner:
         count = len(self.plan.learning_rates) * len(self.plan.variances)
         return (
             f"2. Settings: {count} per method tried on development images of digits 5-9 (none of them is reported on),\n"
-            f"   lowest NLL chosen. SGD with momentum 0.9, {self.plan.steps} steps, cosine schedule; head variance "
+            f"   lowest mean NLL chosen. SGD with momentum 0.9, {self.plan.steps} steps, cosine schedule; head variance "
             f"{self.plan.head_variance:g} under both priors"
         )
 
@@ -412,16 +425,20 @@ def _choose(runner: _Runner, plan: _Plan, progress: bool) -> tuple[dict[str, dic
     skipped = [(method, setting) for method, setting in work if runner.unstable(method, setting)]
     tried: list[dict[str, Any]] = []
     with tqdm(
-        total=(len(work) - len(skipped)) * len(plan.numbers), desc="   settings", unit="run", disable=not progress, leave=False
+        total=(len(work) - len(skipped)) * len(plan.numbers) * plan.development_sets,
+        desc="   settings",
+        unit="run",
+        disable=not progress,
+        leave=False,
     ) as bar:
         for method, setting in work:
             if (method, setting) in skipped:
                 continue
-            for index, n in enumerate(plan.numbers):
-                seed = 1000 + index
+            for n, repeat in itertools.product(plan.numbers, range(plan.development_sets)):
+                seed = 1000 * (1 + repeat) + n
                 few = target.few(target.development, n, seed)
                 accuracy, nll = runner.run(method, setting, few, target.validation, seed)
-                tried.append({"method": method, **setting, "n": n, "accuracy": accuracy, "nll": nll})
+                tried.append({"method": method, **setting, "n": n, "seed": seed, "accuracy": accuracy, "nll": nll})
                 bar.update()
     if skipped:
         print(f"   {len(skipped)} candidates left out: gradient steps would be unstable under so stiff a prior")
@@ -487,13 +504,13 @@ class _Advance(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def _steady_process() -> Iterator[None]:
-    """Two threads (more do not help so small a model, and sums must not depend on the machine) and cheap collections.
+    """One thread (more gain little on so small a model, lose much on a busy machine, and change the sums), cheap collections.
 
     Every `Trainer.train` ends in a full garbage collection, which takes longer than ten training steps here because it
     visits everything that was ever imported; frozen objects are not visited.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, threads))
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     try:
@@ -539,20 +556,35 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Who is best at each n, by how much, and whether that is more than seeds differ."""
-    lines = ["Best by the mean; 'within the spread' where the gap to the next method is below their standard deviations:"]
-    entries = _summary(rows)
+    """Who is best at each n, and the learned prior against both others on the same few-shot sets, seed by seed."""
+    lines = [
+        "Best by the mean; below it differences to the learned prior over the same few-shot sets, mean ± standard deviation:"
+    ]
+    summary = _summary(rows)
     for n in sorted({row["n"] for row in rows}):
-        parts = []
-        for key, unit, digits, sign, name in (("accuracy", 100, 1, -1, "accuracy"), ("nll", 1, 3, 1, "NLL")):
-            order = sorted((e for e in entries if e["n"] == n), key=lambda e: sign * e[f"{key}_mean"])
-            best, second = order[0], order[1]
-            gap = unit * abs(best[f"{key}_mean"] - second[f"{key}_mean"])
-            spreads = [unit * e[f"{key}_spread"] for e in (best, second) if e[f"{key}_spread"] is not None]
-            doubt = ", one seed" if not spreads else ", within the spread" if gap <= max(spreads) else ""
-            parts.append(f"{name} {best['method']} ({gap:.{digits}f} ahead of {second['method']}{doubt})")
-        lines.append(f"  n = {n:<3} {parts[0]}\n          {parts[1]}")
+        entries = [entry for entry in summary if entry["n"] == n]
+        accurate = max(entry["accuracy_mean"] for entry in entries)
+        likely = min(entry["nll_mean"] for entry in entries)
+        first = " and ".join(entry["method"] for entry in entries if entry["accuracy_mean"] == accurate)
+        second = " and ".join(entry["method"] for entry in entries if entry["nll_mean"] == likely)
+        lines.append(f"  n = {n:<3} best accuracy: {first}; best NLL: {second}")
+        for rival in (PLAIN, ISOTROPIC):
+            parts = []
+            for key, unit, digits, better in (("accuracy", 100, 1, 1), ("nll", 1, 3, -1)):
+                pairs = zip(_group(rows, LEARNED, n, key), _group(rows, rival, n, key), strict=True)
+                parts.append(_difference([unit * (mine - theirs) for mine, theirs in pairs], digits, better))
+            lines.append(f"          learned - {rival + ':':19}accuracy {parts[0]}, NLL {parts[1]}")
     return "\n".join(lines)
+
+
+def _difference(values: Sequence[float], digits: int, better: int) -> str:
+    """A mean difference, its spread, and what that says; `better` is the sign of a gain."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.{digits}f} (one seed)"
+    spread = stdev(values)
+    words = "within the spread" if abs(mean) <= spread else "better" if mean * better > 0 else "worse"
+    return f"{mean:+.{digits}f} ± {spread:.{digits}f} ({words})"
 
 
 def _with_spread(value: float, spread: float | None, digits: int) -> str:

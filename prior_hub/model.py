@@ -17,7 +17,7 @@ from prior_hub import __version__
 from prior_hub.distributed import copy_full_, is_sharded
 from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
 from prior_hub.priors.config import PriorConfig
-from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
+from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
@@ -380,7 +380,6 @@ class PriorModel:
             OSError: the disk is full or not writable; nothing is lost.
         """
         folder = Path(save_directory).expanduser()
-        self.gaussian.check_positive()
         card_path = folder / CARD_NAME
         existing = read_card(card_path) if card_path.is_file() else None
         card = update_card(existing, render_card(self.config, repo_id=repo_id))
@@ -397,6 +396,9 @@ class PriorModel:
             if self.deviations:
                 tensors[f"deviations.{name}"] = self.deviations[name]
         tensors |= {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
+        for name, variance in self.variance.items():
+            check_finite(f"variance of {name!r}", variance)  # else it would be called too small below
+        self.gaussian.check_positive()
         return write_prior(folder, self.config, tensors, max_shard_size=max_shard_size, extra_files={CARD_NAME: card})
 
     def push_to_hub(

@@ -141,9 +141,7 @@ def plot_prior(prior: PriorModel, path: str | os.PathLike[str]) -> Path:
     for panel in (left, right):
         _tidy(panel)
     base = f" of {prior.config.base_model}" if prior.config.base_model else ""
-    figure.suptitle(
-        f"Prior{base}: {prior.num_parameters:,} values, rank {prior.rank}, scale {prior.scale:g}", fontsize=11
-    )
+    figure.suptitle(f"Prior{base}: {prior.num_parameters:,} values, rank {prior.rank}, scale {prior.scale:g}", fontsize=11)
     return _save(figure, path)
 
 

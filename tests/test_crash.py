@@ -350,7 +350,7 @@ def experiment(root: Path) -> dict[str, Any]:
         result[name] = every_point(Case(name, root), die)
     failing = "fewer shards over more, beside other files"
     result["failing"] = every_point(Case(failing, root), fail)
-    result["two crashes"] = two_crashes(Case(failing, root), result[failing]["rolling"], 60)
+    result["two crashes"] = two_crashes(Case(failing, root), result[failing]["rolling"], 40)
     one = Case("one file over one", root)
     result["disk full"] = disk_full(one)
     result["read only"] = read_only(one)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_fixtures import fresh_repo_id
+from huggingface_hub import HfApi
 from priors_for_tests import METADATA, SHAPES, TinyNet, assert_same, bits, random_prior, tensors_of
 from safetensors.torch import load_file, save_file
 
@@ -59,8 +60,8 @@ def test_names_shapes_and_types_must_agree():
     two = {"a": torch.ones(2), "b": torch.ones(2).double()}
     with pytest.raises(PriorFormatError, match="mean is stored in one type for all parameters, found float32, float64"):
         PriorModel.from_tensors(two, two)
-    for dtype in (torch.float16, torch.int64):
-        with pytest.raises(PriorFormatError, match="dtype of mean is"):
+    for dtype, kind in ((torch.float16, PriorFormatError), (torch.int64, PriorMatchError)):
+        with pytest.raises(kind, match="mean"):
             PriorModel.from_tensors({"w": torch.ones(2, dtype=dtype)}, {"w": torch.ones(2, dtype=dtype)})
 
 
@@ -79,8 +80,8 @@ def test_rescaling_and_truncating_share_the_tensors_and_leave_the_prior_alone():
     assert (scaled.scale, scaled.config.scale, prior.scale) == (7.0, 7.0, 0.3)
     assert (cut.rank, cut.config.rank, prior.rank) == (2, 2, 5)
     for name in SHAPES:
-        assert scaled.mean[name] is prior.mean[name]
-        assert scaled.deviations[name] is prior.deviations[name]
+        assert scaled.mean[name].data_ptr() == prior.mean[name].data_ptr()
+        assert scaled.deviations[name].data_ptr() == prior.deviations[name].data_ptr()
         assert cut.deviations[name].data_ptr() == prior.deviations[name].data_ptr()
     assert scaled.buffers == prior.buffers
     assert {key: bits(tensor) for key, tensor in tensors_of(prior).items()} == before
@@ -190,6 +191,18 @@ def test_a_file_in_the_place_of_the_folder_is_an_os_error(tmp_path):
     with pytest.raises(FileExistsError):
         random_prior().save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "words"
+
+
+@pytest.mark.hub
+def test_what_cannot_be_saved_cannot_be_pushed(tmp_path):
+    for value, words in ((-1.0, "1 of 4 entries < 0"), (float("nan"), "1 of 4 entries that are NaN")):
+        prior, name = random_prior(), fresh_repo_id()
+        prior.variance["layer.bias"][2] = value
+        for attempt in (lambda p=prior: p.save_pretrained(tmp_path / "a"), lambda p=prior, n=name: p.push_to_hub(n)):
+            with pytest.raises(PriorNumericsError, match=f"variance of 'layer.bias' has {words}"):
+                attempt()
+        assert not HfApi().repo_exists(name)
+        assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- with a model

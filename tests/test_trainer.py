@@ -7,6 +7,7 @@ same weights (`replayed`), or from autograd over the window's rows; the prior's 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 import warnings
 from typing import Any
@@ -50,6 +51,15 @@ from prior_hub import (
 )
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_no_garbage():
+    """Trainer collects garbage whenever it starts; searching all of transformers took four fifths of these tests' time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 # where a head that ignores num_items_in_batch is used, but is not what the test is about
 ignoring_miscaled_heads = pytest.mark.filterwarnings("ignore:.*ignores num_items_in_batch")
@@ -259,8 +269,8 @@ def test_four_small_batches_and_one_large_batch_both_give_the_gradient_of_one_ba
             assert logged[step] == pytest.approx(model(**default_data_collator(rows)).loss.item(), rel=1e-5)
 
 
-def test_probe_leaves_dropout_and_batch_statistics_alone(tmp_path):
-    """The probing forward passes draw no random numbers and update no running statistics."""
+def test_probe_leaves_batch_statistics_alone(tmp_path):
+    """The probing forward passes update no running statistics."""
     prior = random_prior(tiny_resnet(), scale=1e20)
     data, settings = image_data(), {"num_train_epochs": 1, "gradient_accumulation_steps": 4, "prior_initialize": False}
     with pytest.warns(PriorWarning, match="ResNetForImageClassification ignores num_items_in_batch"):
@@ -271,6 +281,38 @@ def test_probe_leaves_dropout_and_batch_statistics_alone(tmp_path):
     for (name, a), (_, b) in zip(ours.model.named_buffers(), theirs.model.named_buffers(), strict=True):
         # a prior of variance 1e18 adds less than float32 holds; an update too many would show in num_batches_tracked
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
+
+
+class Noisy(nn.Module):
+    """Draws noise in evaluation too, as diffusion and masked models do, and ignores num_items_in_batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_vit()
+
+    def forward(self, pixel_values, labels, **kwargs):
+        return self.inner(pixel_values=pixel_values + torch.randn_like(pixel_values), labels=labels)
+
+
+def test_probe_leaves_the_random_numbers_of_training_alone(tmp_path):
+    settings, given, ends = {"num_train_epochs": 1, "gradient_accumulation_steps": 4}, [], []
+
+    class Listening(PriorTrainer):
+        def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+            if model.training:
+                given.append(num_items_in_batch)
+            return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    more = {"prior": random_prior(Noisy(), head=("inner.classifier",), scale=1e20)}
+    with pytest.warns(PriorWarning, match="Noisy ignores num_items_in_batch"):
+        ours = run(Listening, Noisy(), tmp_path, image_data(), more=more, prior_initialize=False, **settings)
+    plain = Noisy()
+    plain.accepts_loss_kwargs = False
+    theirs = run(Trainer, plain, tmp_path, image_data(), **settings)
+    for trainer in (ours, theirs):
+        ends.append(flat(dict(trainer.model.named_parameters()), [n for n, _ in plain.named_parameters()]))
+    assert float((ends[0] - ends[1]).norm()) < 1e-6  # a prior of variance 1e18 adds less than float32 holds
+    assert given == [None] * 13  # in the first window too, for those who divide by it themselves
 
 
 def test_a_compiled_model_is_trained_the_same(tmp_path):
