@@ -3,15 +3,15 @@
     source  handwritten digits 0-4, each in four orientations (20 classes), a timm model trained from scratch with SGD;
             SwagCallback takes snapshots, the prior goes to output/prior
     target  handwritten digits 5-9 upright (5 classes), n = 10, 25, 50 labelled images
-    three ways from the same start (the prior's mean), with the same optimizer, steps, few-shot sets and new heads:
+    three ways from the same start (the prior's mean), with the same optimizer, steps, augmentation, few-shot sets and heads:
             plain Trainer        weight decay
             isotropic prior      N(mean, v I)
             learned prior        N(mean, scale * SWAG covariance)
 
 Every method has a learning rate and one strength to choose, and the same number of candidates. They are tried on development
 sets (few-shot sets and validation images that no reported number ever sees), two for each n, and the candidate with the
-lowest NLL, averaged over all of them, is used for every reported run. The typical variance of a weight takes the same values for both priors:
-the scale of the learned one is that value / the median of its marginal variances.
+lowest NLL, averaged over all of them, is used for every reported run. The typical variance of a weight takes the same values
+for both priors: the scale of the learned one is that value / the median of its marginal variances.
 
 The images are scikit-learn's copy of the "Optical Recognition of Handwritten Digits" test set (Alpaydin and Kaynak 1998, UCI,
 CC BY 4.0; 1,797 images of 8 x 8 pixels), so nothing is downloaded.
@@ -188,7 +188,7 @@ def run_demo(output: Path, *, seeds: int = 3, quick: bool = False, progress: boo
         print(f"\n3. Reported runs: {len(METHODS)} methods x n = {_listed(plan.numbers)} x {_plural(seeds, 'seed')}")
         rows = _report(runner, settings, plan, seeds, progress)
     table, verdict = _table(rows), _verdict(rows)
-    few = "digits 5-9 after learning digits 0-4"
+    few = "Digits 5-9 after learning digits 0-4"
     figure = plot_comparison(rows, output / "demo.png", title=few, chance=1 / CLASSES)
     plot_prior(prior, output / "prior.png")
     results = output / "results.json"
@@ -283,7 +283,8 @@ def _tasks(pixels: int) -> tuple[_Source, _Target]:
 
     new = torch.nonzero(labels >= CLASSES).flatten()
     new = new[torch.randperm(len(new), generator=generator)]
-    parts = [part.tolist() for part in torch.arange(len(new)).split((130, 170, 150, len(new) - 450))]
+    order = list(range(len(new)))
+    parts = (order[:130], order[130:300], order[300:450], order[450:])
     return source, _Target(images[new], labels[new] - CLASSES, *parts)
 
 
@@ -364,7 +365,7 @@ class _Runner:
         count = len(self.plan.learning_rates) * len(self.plan.variances)
         return (
             f"2. Settings: {count} per method tried on development images of digits 5-9 (none of them is reported on),\n"
-            f"   lowest mean NLL chosen. SGD with momentum 0.9, {self.plan.steps} steps, cosine schedule; head variance "
+            f"   lowest mean NLL chosen. SGD with momentum 0.9, {self.plan.steps} steps, cosine schedule, augmentation; head variance "
             f"{self.plan.head_variance:g} under both priors"
         )
 
@@ -402,7 +403,7 @@ class _Runner:
         shared: dict[str, Any] = {
             "model": model,
             "train_dataset": _examples(self.target.images, self.target.labels, chosen),
-            "data_collator": default_data_collator,
+            "data_collator": _distorted,
             "optimizer_cls_and_kwargs": _sgd(setting["learning_rate"]),
         }
         if method == PLAIN:
@@ -467,7 +468,7 @@ def _report(
 def _evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """(accuracy, mean NLL in nats)."""
     model.eval()
-    logits = torch.cat([model(pixel_values=part).logits for part in images.split(256)]).double()
+    logits = torch.cat([model(pixel_values=part).logits for part in torch.split(images, 256)]).double()
     correct = (logits.argmax(dim=1) == labels).double().mean()
     return float(correct), float(nn.functional.cross_entropy(logits, labels))
 
@@ -490,7 +491,7 @@ def _sgd(learning_rate: float) -> tuple[type[torch.optim.Optimizer], dict[str, A
     return torch.optim.SGD, {"lr": learning_rate, "momentum": 0.9}
 
 
-class _Advance(TrainerCallback):  # type: ignore[misc]
+class _Advance(TrainerCallback):
     """Moves a progress bar by one at every optimizer step."""
 
     def __init__(self, bar: Any) -> None:

@@ -6,7 +6,7 @@ ending names the format (.png, .pdf, .svg).
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,13 +36,14 @@ def plot_comparison(
 ) -> Path:
     """Test accuracy and NLL against the number of training examples, one line per method.
 
-    Error bars are one sample standard deviation over the rows of one method and number (none where there is one row).
+    Lines are means, error bars one sample standard deviation over the rows of one method and number (none where there is
+    one row), and every row is a small dot.
 
     Args:
         rows: one per run, with the keys "method", "n", "accuracy" (a share) and "nll" (nats per example).
         path: file to write.
         title: heading.
-        chance: accuracy of guessing, drawn as a line.
+        chance: accuracy of guessing (a share), named on the axis.
 
     Returns:
         `path`.
@@ -59,9 +60,9 @@ def plot_comparison(
     panels = figure.subplots(1, 2)
     for index, method in enumerate(methods):
         colour, marker, line = _STYLES[index % len(_STYLES)]
-        sideways = 1.025 ** (index - (len(methods) - 1) / 2)  # error bars side by side
+        sideways = 1.03 ** (index - (len(methods) - 1) / 2)  # error bars side by side
+        known = [n for n in numbers if any(row["method"] == method and row["n"] == n for row in rows)]
         for panel, key, unit in ((panels[0], "accuracy", 100.0), (panels[1], "nll", 1.0)):
-            known = [n for n in numbers if any(row["method"] == method and row["n"] == n for row in rows)]
             groups = [[unit * float(r[key]) for r in rows if r["method"] == method and r["n"] == n] for n in known]
             panel.errorbar(
                 [n * sideways for n in known],
@@ -76,7 +77,10 @@ def plot_comparison(
                 capsize=3,
                 label=method,
             )
-    for panel, label in ((panels[0], "test accuracy [%]"), (panels[1], "test NLL [nats per example]")):
+            dots = [(n * sideways, value) for n, group in zip(known, groups, strict=True) for value in group]
+            panel.plot(*zip(*dots, strict=True), color=colour, marker=".", markersize=4, linestyle="none", alpha=0.5)
+    guess = "" if chance is None else f", chance {100 * chance:.3g} %"
+    for panel, label in ((panels[0], f"test accuracy [%{guess}]"), (panels[1], "test NLL [nats per example]")):
         _tidy(panel)
         if len(numbers) > 1:
             panel.set_xscale("log")
@@ -85,15 +89,9 @@ def plot_comparison(
         panel.set_xlabel("training examples of the target task, n")
         panel.set_ylabel(label)
     panels[1].set_ylim(bottom=0)
-    if chance is not None:
-        panels[0].axhline(100 * chance, color=_GREY, linewidth=0.8, linestyle=":")
-        panels[0].annotate(
-            "chance", (1, 100 * chance), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", va="bottom", color=_GREY, fontsize=8,
-        )  # fmt: skip
     seeds = max(sum(1 for r in rows if r["method"] == m and r["n"] == n) for m in methods for n in numbers)
     handles, labels = panels[0].get_legend_handles_labels()
-    note = f" (mean of {seeds} seeds, bars: one standard deviation)" if seeds > 1 else ""
+    note = f" (mean of {seeds} seeds, bars: one standard deviation, dots: seeds)" if seeds > 1 else ""
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
     figure.suptitle((title + note).strip(), fontsize=11)
     return _save(figure, path)
@@ -177,17 +175,17 @@ def _quantiles(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 def _label_blocks(panel: Any, names: Sequence[str]) -> None:
-    """Mark where the model's blocks begin: the first two parts of the name that tell tensors apart."""
-    parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix(parts)) if len(parts) > 1 else 0
-    blocks = [".".join(p[shared : shared + 2]) if p[shared : shared + 1] != p[-1:] else p[-1] for p in parts]
+    """Mark where the model's blocks begin, by the first two parts of the name that tell tensors apart."""
+    parts = [name.split(".")[:-1] or [name] for name in names]  # the modules that own the tensors
+    pairs = zip(min(parts), max(parts), strict=False)  # the first and the last in order differ where any two do
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    blocks = [".".join(p[shared : shared + 2]) or p[-1] for p in parts]
     starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
-    if len(starts) > 14:  # one part is coarse enough
-        blocks = [p[shared] if len(p) > shared else p[-1] for p in parts]
-        starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
-    step = math.ceil(len(starts) / 14)
-    chosen = starts[::step]
-    panel.set_xticks(chosen, labels=[blocks[i] for i in chosen], rotation=60, ha="right", fontsize=7)
+    chosen: list[int] = []
+    for start in starts:  # as many labels as there is room for
+        if not chosen or start - chosen[-1] >= len(names) / 24:
+            chosen.append(start)
+    panel.set_xticks(chosen, labels=[blocks[i] for i in chosen], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
 
 
 def _singular_values(prior: PriorModel) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import image_data, quiet_arguments, tiny_bert, tiny_resnet, tiny_vit
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import ExportableState
 
@@ -295,6 +296,34 @@ def test_a_resumed_run_gives_the_same_prior_bit_for_bit(tmp_path, settings, save
         resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{saved}")
     )
     assert_same(resumed.prior(), whole.prior())
+
+
+class Augmented(Dataset):
+    """Images with fresh noise each time they are read, from torch's global random numbers."""
+
+    def __init__(self):
+        self.rows = image_data()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return row | {"pixel_values": row["pixel_values"] + torch.randn_like(row["pixel_values"])}
+
+
+class Draws(TrainerCallback):
+    """Somebody else who draws random numbers before the pass."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        torch.rand(3)
+
+
+def test_augmentation_in_the_pass_for_batch_norm_does_not_depend_on_what_was_drawn_before(tmp_path):
+    quiet, drawn = every_step(), every_step()
+    trainer_with(tmp_path, quiet, data=Augmented()).train()
+    trainer_with(tmp_path, Draws(), drawn, data=Augmented()).train()
+    assert_same(drawn.prior(), quiet.prior())
 
 
 class Stop(TrainerCallback):

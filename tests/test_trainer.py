@@ -269,6 +269,36 @@ def test_four_small_batches_and_one_large_batch_both_give_the_gradient_of_one_ba
             assert logged[step] == pytest.approx(model(**default_data_collator(rows)).loss.item(), rel=1e-5)
 
 
+def mean_over_the_window(outputs, labels, num_items_in_batch):
+    return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+has_loss_is_scaled = pytest.mark.skipif(not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="a newer Trainer has it")
+
+
+class OfOwnMean(PriorTrainer):
+    loss_is_scaled_for_ga = False  # each loss is the mean of its batch
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "more"),
+    [
+        pytest.param(PriorTrainer, {"compute_loss_func": mean_over_the_window}, id="compute_loss_func"),
+        pytest.param(OfOwnMean, {}, id="loss_is_scaled_for_ga", marks=has_loss_is_scaled),
+    ],
+)
+def test_who_scales_the_loss_himself_is_neither_warned_nor_corrected(tmp_path, trainer_class, more):
+    data, watch = text_data(16), Watch()
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 4, "prior_initialize": False}
+    more = {"prior": random_prior(tiny_bert()), **more}
+    trainer = run(trainer_class, tiny_bert(), tmp_path, data, watch, more=more, **settings)
+    for step, nll in enumerate(logs(trainer, "nll")):
+        model = tiny_bert()
+        model.load_state_dict(watch.weights[step], strict=False)
+        expected = model(**default_data_collator(data[8 * step : 8 * step + 8])).loss.item()
+        assert nll == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
+
+
 def test_probe_leaves_batch_statistics_alone(tmp_path):
     """The probing forward passes update no running statistics."""
     prior = random_prior(tiny_resnet(), scale=1e20)
@@ -501,17 +531,17 @@ def test_nan_is_visible_in_nll_where_trainers_filter_hides_it_in_loss(tmp_path):
 
 
 def test_nll_is_summed_in_float32_where_the_loss_is_bfloat16(tmp_path):
-    """In bfloat16 a sum of ones stops at 256."""
+    """A sum of 64 losses of 1 + 1/128 in bfloat16 loses the 1/128 from 32 on, where the spacing is 1/4."""
 
     class Constant(PriorTrainer):
         def compute_loss(self, model, inputs, **kwargs):
-            return 0.0 * model(**inputs).logits.sum().bfloat16() + 1.0
+            return 0.0 * model(**inputs).logits.sum().bfloat16() + 1.0078125
 
     more = {"prior": random_prior(tiny_vit())}
     trainer = run(
         Constant, tiny_vit(), tmp_path, image_data(4), more=more, max_steps=600, logging_steps=600, learning_rate=1e-4
     )
-    assert logs(trainer, "nll") == [1.0]
+    assert logs(trainer, "nll") == [1.0078125]
 
 
 def test_evaluation_loss_is_the_plain_nll_and_compute_metrics_sees_the_same(tmp_path):

@@ -147,6 +147,7 @@ def after_evaluation(trainer: PriorTrainer, swag: SwagCallback, folder: Path) ->
     unsharded = sum(not is_sharded(p) for p in model.parameters())
     penalty = PriorPenalty(prior, model, num_examples=ROWS)
     value = float(penalty.add_gradient_()) * ROWS
+    reshard(model)  # now the gradients that the optimizer will use
     found = full({f"gradient.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None})
     model.zero_grad()
     try:

@@ -331,6 +331,8 @@ class LowRankGaussian:
         for name, tensor in self.variance.items():
             if not tensor.numel():
                 continue
+            if tensor.min().isnan():
+                check_finite(f"variance of {name!r}", tensor)
             bad = tensor < 0 if self.eps > 0 else tensor <= 0
             if bad.any():
                 wrong = "< 0" if self.eps > 0 else "<= 0"
