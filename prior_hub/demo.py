@@ -345,6 +345,7 @@ def _learn(source: _Source, plan: _Plan, scratch: str, progress: bool) -> tuple[
         objective="supervised classification of digit and orientation",
         dataset="handwritten digits 0-4 (scikit-learn load_digits)",
         dataset_license="cc-by-4.0",
+        license="cc-by-4.0",
         source={"architecture": f"timm {ARCHITECTURE}, one input channel, {plan.pixels} x {plan.pixels} pixels"},
     )
     return prior, accuracy
@@ -365,8 +366,8 @@ class _Runner:
         count = len(self.plan.learning_rates) * len(self.plan.variances)
         return (
             f"2. Settings: {count} per method tried on development images of digits 5-9 (none of them is reported on),\n"
-            f"   lowest mean NLL chosen. SGD with momentum 0.9, {self.plan.steps} steps, cosine schedule, augmentation; head variance "
-            f"{self.plan.head_variance:g} under both priors"
+            f"   lowest mean NLL chosen. SGD with momentum 0.9, {self.plan.steps} steps, cosine schedule, augmentation; "
+            f"head variance {self.plan.head_variance:g} under both priors"
         )
 
     def candidates(self, method: str) -> list[dict[str, float]]:
