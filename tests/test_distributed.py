@@ -216,17 +216,17 @@ def test_training_right_after_an_evaluation_trains_every_parameter(ranks, one_pr
         assert (tensor - prior.mean.get(name, group(tensors, "fsdp vit", "weight")[name])).norm() > 1e-5, name
 
 
-@fsdp2
-def test_swag_state_of_a_sharded_model_is_saved_by_every_rank_and_resumed(ranks):
+@pytest.mark.parametrize("name", FSDP2_RUNS)
+def test_swag_state_of_a_sharded_model_is_saved_by_every_rank_and_resumed(ranks, name):
+    resumed = name.replace("fsdp", "resumed")
     for facts, tensors in ranks:
-        files = facts["after evaluation"]["files"]
         wanted = [f"swag_state-{rank:05d}-of-00002.safetensors" for rank in range(2)]
-        assert [name for name in files if name.endswith(".safetensors")] == wanted
+        assert [file for file in facts[resumed]["files"] if file.endswith(".safetensors")] == wanted
         for kind in ("mean", "variance", "deviations"):
-            original, resumed = group(tensors, "fsdp vit", kind), group(tensors, "after evaluation", f"resumed {kind}")
-            assert original.keys() == resumed.keys()
-            for name, tensor in original.items():
-                assert torch.equal(tensor, resumed[name]), name
+            before, after = group(tensors, name, kind), group(tensors, resumed, kind)
+            assert before.keys() == after.keys()
+            for key, tensor in before.items():
+                assert torch.equal(tensor, after[key]), key
 
 
 def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):

@@ -27,13 +27,14 @@ from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorTrainer, S
 from prior_hub.distributed import is_sharded, local_tensor, reshard
 
 ROWS, STEPS = 32, 6
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}  # also after the last step, right before on_train_end
 # Older versions of transformers load a model sharded, but their Trainer then wraps it in DDP, which refuses shards.
 NATIVE_FSDP2 = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
 # what is trained: (factory, settings). Heads: ViT divides by num_items_in_batch, ResNet ignores it, "unused" is no
 # transformers model and accepts no such argument.
 SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "vit": (tiny_vit, {"max_grad_norm": 0.5, "prior_head_variance": 0.5, "eval_strategy": "steps", "eval_steps": 2}),
-    "resnet": (tiny_resnet, {"max_grad_norm": 1.0, "learning_rate": 0.005}),
+    "vit": (tiny_vit, {"max_grad_norm": 0.5, "prior_head_variance": 0.5, **EVALUATING}),
+    "resnet": (tiny_resnet, {"max_grad_norm": 1.0, "learning_rate": 0.005, **EVALUATING}),
     "unused": (lambda: Unused(), {"max_grad_norm": 0.5}),
 }
 
@@ -132,13 +133,29 @@ def train(
     return trainer, swag, {"tensors": tensors, "facts": facts}
 
 
-def prior_tensors(swag: SwagCallback, prefix: str = "") -> dict[str, Tensor]:
+def prior_tensors(swag: SwagCallback) -> dict[str, Tensor]:
     learned = swag.prior(dataset="synthetic")
     kinds = ("mean", "variance", "deviations", "buffers")
-    return {f"{prefix}{kind}.{n}": t for kind in kinds for n, t in getattr(learned, kind).items()}
+    return {f"{kind}.{n}": t for kind in kinds for n, t in getattr(learned, kind).items()}
 
 
-def after_evaluation(trainer: PriorTrainer, swag: SwagCallback, folder: Path) -> dict[str, Any]:
+def saved_and_resumed(name: str, trainer: PriorTrainer, swag: SwagCallback, folder: Path) -> dict[str, Any]:
+    """SwagCallback's state through a checkpoint of this run; Trainer itself cannot resume models sharded when loaded."""
+    trainer.args.output_dir = str(folder / "out" / name)
+    checkpoint = folder / "out" / name / f"checkpoint-{STEPS}"
+    if dist.get_rank() == 0:
+        checkpoint.mkdir(parents=True)
+    dist.barrier()
+    trainer.evaluate()  # unsharded again
+    swag.on_save(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    dist.barrier()
+    trainer.evaluate()
+    resumed = SwagCallback(rank=3, start=1, every_n_steps=1, batch_norm="last")
+    resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    return {"tensors": prior_tensors(resumed), "facts": {"files": sorted(path.name for path in checkpoint.iterdir())}}
+
+
+def after_evaluation(trainer: PriorTrainer, folder: Path) -> dict[str, Any]:
     """FSDP2 leaves its root group unsharded after evaluate(): what comes next must find the shards all the same."""
     prior = PriorModel.from_pretrained(folder / "prior" / "vit")
     model: Any = trainer.model
@@ -157,18 +174,6 @@ def after_evaluation(trainer: PriorTrainer, swag: SwagCallback, folder: Path) ->
         refused = str(error)
 
     trainer.evaluate()
-    checkpoint = folder / "out" / f"checkpoint-{STEPS}"
-    if dist.get_rank() == 0:
-        checkpoint.mkdir()
-    dist.barrier()
-    swag.on_save(trainer.args, trainer.state, trainer.control, model=model)
-    dist.barrier()
-    trainer.evaluate()
-    resumed = SwagCallback(rank=3, start=1, every_n_steps=1)
-    resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
-    found |= prior_tensors(resumed, "resumed ")
-
-    trainer.evaluate()
     arguments = quiet_arguments(folder / "out", gradient_accumulation_steps=2, max_steps=2, learning_rate=0.02)
     again = PriorTrainer(model=model, prior=prior, args=arguments, train_dataset=image_data(ROWS))
     trainer.evaluate()
@@ -178,7 +183,6 @@ def after_evaluation(trainer: PriorTrainer, swag: SwagCallback, folder: Path) ->
         "unsharded": unsharded,
         "penalty": value,
         "loss refused": refused,
-        "files": sorted(path.name for path in checkpoint.iterdir()),
         "history": again.state.log_history,
     }
     return {"tensors": found, "facts": facts}
@@ -218,8 +222,9 @@ def main() -> None:
     for name in ("vit", "resnet") if NATIVE_FSDP2 else ():
         trainer, swag, result = train(name, folder, 2, sharded=True)
         keep(f"fsdp {name}", result)
+        keep(f"resumed {name}", saved_and_resumed(name, trainer, swag, folder))
         if name == "vit":
-            keep("after evaluation", after_evaluation(trainer, swag, folder))
+            keep("after evaluation", after_evaluation(trainer, folder))
     keep("version 1", version_1())
     rank = dist.get_rank()
     save_file(tensors, folder / f"rank-{rank}.safetensors")
