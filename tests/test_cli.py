@@ -130,3 +130,20 @@ def test_the_installed_script_and_the_module_are_the_same_program(folder):
         result = subprocess.run([*command, "info", str(folder)], capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
         assert "org/tiny" in result.stdout
+
+
+def test_the_demo_runs_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "prior_hub.cli", "demo", "--quick", "--seeds", "1", "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for method in ("plain fine-tuning", "isotropic prior", "learned prior"):
+        assert method in result.stdout
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 4
+
+
+def test_without_matplotlib_the_demo_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['matplotlib'] = None; from prior_hub.cli import main; sys.exit(main(['demo', '--quick']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "pip install 'prior-hub[plots,vision]'" in result.stderr
