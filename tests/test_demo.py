@@ -117,14 +117,32 @@ def test_the_verdict_says_when_plain_fine_tuning_wins():
     text = module._verdict(rows([(0.9, 0.1), (0.92, 0.12)], [(0.8, 0.3), (0.81, 0.4)], [(0.8, 0.2), (0.82, 0.22)]))
     assert f"best accuracy: {PLAIN}; best NLL: {PLAIN}" in text
     assert "accuracy -10.0 ± 0.0 (worse), NLL +0.100 ± 0.000 (worse)" in text  # learned - plain
-    assert "NLL -0.140 ± 0.057 (better)" in text  # learned - isotropic
+    assert "NLL -0.140 ± 0.057 (not told apart)" in text  # learned - isotropic, two seeds
 
 
-def test_the_verdict_names_ties_and_what_is_within_the_spread():
+def test_the_verdict_names_ties_and_what_is_not_told_apart():
     text = module._verdict(rows([(0.75, 0.4), (0.5, 0.2)], [(0.75, 0.3), (0.75, 0.3)], [(0.75, 0.2), (0.75, 0.35)]))
     assert f"best accuracy: {ISOTROPIC} and {LEARNED}; " in text
-    assert "within the spread" in text
+    assert "not told apart" in text
     assert f"best NLL: {LEARNED}" in text
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 9, 10])
+def test_a_difference_counts_where_the_paired_t_test_at_95_percent_says_so(count):
+    from scipy.stats import ttest_1samp
+
+    generator = torch.Generator().manual_seed(count)
+    verdicts = set()
+    for shift in torch.linspace(-6, 6, 49, dtype=torch.float64):
+        values = (torch.randn(count, generator=generator, dtype=torch.float64) + shift).tolist()
+        p = ttest_1samp(values, 0).pvalue
+        if abs(p - 0.05) < 1e-3:  # the quantiles have three digits
+            continue
+        words = "not told apart" if p > 0.05 else "better" if sum(values) > 0 else "worse"
+        assert f"({words})" in module._difference(values, 3, 1)
+        verdicts.add(words)
+    assert "not told apart" in verdicts
+    assert count == 2 or len(verdicts) == 3
 
 
 def test_one_seed_has_no_spread():
