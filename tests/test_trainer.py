@@ -660,7 +660,7 @@ def test_a_prior_too_stiff_for_the_learning_rate_warns_with_settings_that_do_not
     def train(**settings) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            settings = {"max_steps": 1, "learning_rate": 1.05 * threshold, **settings}
+            settings = {"max_steps": 1, "learning_rate": 1.05 * threshold, "prior_update": "gradient", **settings}
             run(PriorTrainer, tiny_vit(), tmp_path, image_data(), more={"prior": prior}, **settings)
         return [str(w.message) for w in caught]
 
@@ -671,6 +671,8 @@ def test_a_prior_too_stiff_for_the_learning_rate_warns_with_settings_that_do_not
     scale = float(re.search(r"prior_scale from 1 to (\S+) or more", message)[1])
     assert 1 < scale < 1.2
     assert train(prior_scale=scale) == []
+    assert "prior_update='implicit'" in message
+    assert train(prior_update="implicit") == train(prior_update="auto") == []
     # the rate that counts is the highest of the schedule, not the one it starts or ends with
     assert len(train(lr_scheduler_type="linear", warmup_steps=1, max_steps=2)) == 1
 
@@ -682,7 +684,7 @@ def test_settings_parse_from_the_command_line():
     parser = HfArgumentParser(PriorTrainingArguments)
     words = "--output_dir out --prior org/name --prior_scale 0.5 --prior_rank 3 --prior_head_variance 0.1"
     words += " --prior_num_examples 100 --prior_initialize False --prior_include_head --prior_on_mismatch drop"
-    words += " --prior_min_coverage 0.25 --prior_revision v1.0 --prior_subfolder prior --weight_decay 0.01"
+    words += " --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior --weight_decay 0.01"
     (given,) = parser.parse_args_into_dataclasses(words.split())
     found = {k: v for k, v in vars(given).items() if k.startswith("prior")}
     assert found == {
@@ -690,6 +692,7 @@ def test_settings_parse_from_the_command_line():
         "prior_scale": 0.5,
         "prior_rank": 3,
         "prior_head_variance": 0.1,
+        "prior_update": "implicit",
         "prior_num_examples": 100,
         "prior_initialize": False,
         "prior_include_head": True,
@@ -698,6 +701,11 @@ def test_settings_parse_from_the_command_line():
         "prior_revision": "v1.0",
         "prior_subfolder": "prior",
     }
+    (given,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--prior_scale", "auto"])
+    assert (given.prior_scale, given.prior_update) == ("auto", "auto")
+    assert parser.parse_args_into_dataclasses(["--output_dir", "out"])[0].prior_scale is None
+    with pytest.raises(ValueError, match="prior_scale is 'wide', expected a number or 'auto'"):
+        parser.parse_args_into_dataclasses(["--output_dir", "out", "--prior_scale", "wide"])
     assert given.weight_decay == 0.01
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
     expected = {f.name: f.default for f in dataclasses.fields(PriorArgumentsMixin)}

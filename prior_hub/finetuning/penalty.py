@@ -4,13 +4,15 @@
     p.grad += factor * (Sigma^-1 (theta - mean)) / N     after backward, before clipping and the optimizer's step
 
 Parameters the prior does not know (a new head) get N(0, head_variance I), or nothing when it is None.
+
+A stiff prior (large precision) is better taken as an implicit step after the optimizer's: `attach`, see proximal.py.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from prior_hub.distributed import contribution, is_sharded, local_tensor, reshard, shard_like, sum_over_ranks
 from prior_hub.errors import PriorMatchError, PriorWarning
+from prior_hub.finetuning.proximal import ProximalStep
 from prior_hub.model import PriorModel
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters
@@ -37,6 +40,10 @@ class PriorPenalty:
             penalty.add_gradient_()                 # once per optimizer step, after the last backward
             optimizer.step()
             optimizer.zero_grad()
+
+    or, where learning rate x largest precision / N is large, in place of `add_gradient_`:
+
+        penalty.attach(optimizer)                   # once; from now on optimizer.step() takes the prior's step too
 
     With a GradScaler pass `add_gradient_(factor=scaler.get_scale())`; with accelerate call it when
     `accelerator.sync_gradients`. Under DDP and FSDP2 make it after the model is wrapped or sharded, and call it on every
@@ -153,6 +160,57 @@ class PriorPenalty:
             gradient += (local_tensor(parameter).to(gradient.dtype) * (share / (self.head_variance or 1.0))).to(gradient.dtype)
         return (value + self._head_penalty()) / self.num_examples
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> ProximalStep:
+        """Let every `optimizer.step()` be followed by the prior's implicit step, in place of `add_gradient_`.
+
+        Stable at any scale and learning rate, with the same solution: see `ProximalStep`, also for clipping.
+
+        Args:
+            optimizer: `torch.optim.SGD`, `Adam` or `AdamW`, or accelerate's wrapper of one.
+
+        Returns:
+            The `ProximalStep`; `remove()` takes it off again.
+
+        Raises:
+            ValueError: the optimizer is another one, maximises, or does not train all the parameters under the prior.
+        """
+        return ProximalStep(self, optimizer)
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters under the prior or the head prior, by canonical name."""
+        return {name: self._parameters[name] for name in self._trained} | self._head
+
+    @torch.no_grad()
+    def proximal_step_(self, lengths: Mapping[int, float | Tensor]) -> Tensor:
+        """The implicit step: theta <- argmin_x 1/2 (x - theta)^T M^-1 (x - theta) + penalty(x) / N, M = diag(lengths).
+
+        Args:
+            lengths: id(parameter) -> M, the learning rate in plain gradient descent: a number, 0-d or (*local_shape).
+                Parameters that are missing stay where they are.
+
+        Returns:
+            The penalty (head prior included) at the new weights in nats, 0-d float64.
+        """
+        steps: dict[str, float | Tensor] = {}
+        for name in self._trained:
+            if (length := lengths.get(id(self._parameters[name]))) is not None:
+                steps[name] = length / self.num_examples
+        self._warn_if_rounded({name: local_tensor(self._parameters[name]) for name in self._trained})
+        value = self.gaussian.proximal_step_(self._local(self._parameters), steps)
+        variance = self.head_variance or 1.0
+        for parameter in self._head.values():
+            length = lengths.get(id(parameter), 0.0) / self.num_examples
+            local = local_tensor(parameter)
+            local.copy_(local * (variance / (variance + length)))
+        return value + self._head_penalty()
+
+    def total_curvature(self) -> float:
+        """tr(Sigma^-1) / N over all that is under the prior, from above (the K low-rank directions lower it a little)."""
+        head = 0.0
+        if self.head_variance is not None:
+            head = sum(p.numel() for p in self._head.values()) / self.head_variance
+        return (self.gaussian.diagonal_precision() + head) / self.num_examples
+
     def curvature(self) -> float:
         """The largest curvature the prior adds to the loss: largest precision / N. Gradient descent needs lr * this < 2."""
         return max(self.gaussian.largest_precision(), self._head_precision()) / self.num_examples
@@ -176,6 +234,7 @@ class PriorPenalty:
         changes = [f"learning_rate to {_two_digits(2 / curvature, math.floor)} or less", " and ".join(wider)]
         if smallest < stable:
             changes.append("or learn the prior with a larger variance_floor")
+        changes.append("or use prior_update='implicit' (PriorPenalty.attach), which is stable at any scale")
         warnings.warn(
             f"the prior is too stiff for this learning rate: learning rate {learning_rate:g} x largest precision "
             f"{curvature * self.num_examples:.3g} / N {self.num_examples} = {product:.3g}, and plain gradient steps are stable "
@@ -218,8 +277,8 @@ class PriorPenalty:
         low = sorted({str(g.dtype).removeprefix("torch.") for g in into.values() if g.dtype.itemsize < 4})
         if low:
             warnings.warn(
-                f"gradients are {', '.join(low)}: adding the prior's gradient to them rounds away up to half of it where it "
-                "is a thousandth of the data's. Keep the parameters in float32 and use autocast (bf16=True) instead.",
+                f"weights or gradients are {', '.join(low)}: adding the prior's part to them rounds away up to half of it "
+                "where it is a thousandth of the data's. Keep the parameters in float32 and use autocast (bf16=True) instead.",
                 PriorWarning,
                 stacklevel=4,
             )

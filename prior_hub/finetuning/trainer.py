@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.penalty import PriorPenalty
+from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update
+from prior_hub.finetuning.scale import ScaleChoice, select_scale
 from prior_hub.model import PriorModel
 from prior_hub.priors.matching import NameMap, raw_names
 
@@ -38,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "prior_scale": None,
     "prior_rank": None,
     "prior_head_variance": None,
+    "prior_update": "auto",
     "prior_num_examples": None,
     "prior_initialize": True,
     "prior_include_head": False,
@@ -67,6 +73,8 @@ class PriorTrainerMixin(_TrainerBase):
     """
 
     model_accepts_loss_kwargs: bool
+    prior_update: str | None  # "gradient" or "implicit": how the prior entered the last training, None before it
+    prior_scale_choice: ScaleChoice | None  # what prior_scale="auto" found when the last training began
 
     def __init__(
         self,
@@ -81,6 +89,9 @@ class PriorTrainerMixin(_TrainerBase):
         self._prior_name_map = prior_name_map
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
+        self.prior_update: str | None = None
+        self.prior_scale_choice: ScaleChoice | None = None
+        self._proximal: ProximalStep | None = None
         self._nll_total: Tensor | None = None
         self._prior_total: Tensor | None = None
         self._prior_steps = 0
@@ -92,6 +103,10 @@ class PriorTrainerMixin(_TrainerBase):
         if self.prior is None:
             return
         self._refuse_impossible_setups()
+        if self._prior_settings["prior_update"] not in UPDATES:
+            raise ValueError(
+                f"prior_update is {self._prior_settings['prior_update']!r}, expected one of {', '.join(map(repr, UPDATES))}."
+            )
         if self.model_init is None and self._prior_settings["prior_initialize"]:
             reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
             self.prior.initialize(self.model, **self._matching())
@@ -127,16 +142,69 @@ class PriorTrainerMixin(_TrainerBase):
     def _bind(self) -> PriorPenalty:
         """Bind the prior to the parameters as they are now (after wrapping and sharding: called when training begins)."""
         assert self.prior is not None  # noqa: S101
+        settings, choice = self._prior_settings, self.prior_scale_choice
+        scale, head_variance = settings["prior_scale"], settings["prior_head_variance"]
+        if scale == "auto":
+            # before training begins there is no choice yet, but it is known that the head will have a prior
+            scale = choice.scale if choice is not None else None
+            if head_variance is None:
+                head_variance = choice.head_variance if choice is not None else 1.0
         self.prior_penalty = PriorPenalty(
             self.prior,
             self.model,
             num_examples=self._num_examples(),
-            scale=self._prior_settings["prior_scale"],
-            rank=self._prior_settings["prior_rank"],
-            head_variance=self._prior_settings["prior_head_variance"],
+            scale=scale,
+            rank=settings["prior_rank"],
+            head_variance=head_variance,
             **self._matching(),
         )
         return self.prior_penalty
+
+    def _choose_scale(self) -> None:
+        """prior_scale="auto": from the training set, on the first process, for all of them."""
+        assert self.prior is not None  # noqa: S101
+        settings = self._prior_settings
+        rank = settings["prior_rank"]
+        found: list[ScaleChoice | None] = [None]
+        failure: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = select_scale(
+                    self.prior if rank is None else self.prior.truncated(rank),
+                    self.model,
+                    self._first_batches(),
+                    head_variance=settings["prior_head_variance"],
+                    progress=not self.args.disable_tqdm,
+                    seed=self.args.seed,
+                    **self._matching(),
+                )
+            except Exception as error:  # noqa: BLE001 - raised again below, on every process: the others wait for an answer
+                failure = error
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if failure is not None:
+            raise failure
+        if found[0] is None:
+            raise ValueError("prior_scale='auto' failed on the first process, which says why.")
+        self.prior_scale_choice = found[0]
+        logger.warning_advice(f"prior_scale='auto': {found[0]}.")
+
+    def _first_batches(self) -> Iterator[dict[str, Any]]:
+        """Training examples as the model will get them, in an order of their own; no generator of the training is moved."""
+        dataset: Any = self.train_dataset
+        numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what augmentations draw from
+        try:
+            with torch.random.fork_rng():
+                set_seed(self.args.seed)
+                options: dict[str, Any] = {"batch_size": 32, "collate_fn": self.data_collator}
+                if hasattr(dataset, "column_names"):
+                    dataset = self._remove_unused_columns(dataset, description="training")
+                if not isinstance(dataset, torch.utils.data.IterableDataset):
+                    options |= {"shuffle": True, "generator": torch.Generator().manual_seed(self.args.seed)}
+                yield from torch.utils.data.DataLoader(dataset, **options)
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
 
     def _num_examples(self) -> int:
         given = self._prior_settings["prior_num_examples"]
@@ -221,12 +289,24 @@ class PriorTrainerMixin(_TrainerBase):
         self._nll_total = nll.clone() if self._nll_total is None else self._nll_total + nll
         if not self.accelerator.sync_gradients:
             return loss
-        scaler = getattr(self.accelerator, "scaler", None)
-        factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        share = self.prior_penalty.add_gradient_(factor).to(device=nll.device, dtype=nll.dtype)
+        if self._proximal is None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+            share = self.prior_penalty.add_gradient_(factor)
+        else:  # the optimizer's step will be followed by the prior's
+            self._proximal.ensure_gradients_()
+            share = self._proximal.value()
+        share = share.to(device=nll.device, dtype=nll.dtype)
         self._prior_total = share if self._prior_total is None else self._prior_total + share
         self._prior_steps += 1
         return nll + share
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As Trainer; the prior's implicit step is shortened by as much as the gradient."""
+        norm = super()._clip_grad_norm(model)
+        if self._proximal is not None and norm is not None:
+            self._proximal.clipped(norm, self.args.max_grad_norm)
+        return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer; beside `loss` stand `nll` and `prior_loss` (penalty / N), the means over the same steps."""
@@ -245,10 +325,26 @@ class PriorTrainerMixin(_TrainerBase):
         """Training begins: the model is wrapped, sharded and resumed, the optimizer made."""
         self._reset_totals()
         self._probed = False
+        self._detach()
+        if self._prior_settings["prior_scale"] == "auto":
+            self._choose_scale()
         penalty = self._bind()
-        groups = getattr(self.optimizer, "param_groups", [])
-        rates = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in groups]
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        asked = self._prior_settings["prior_update"]
+        self.prior_update, reason = chosen_update(asked, penalty, optimizer)
+        if asked == "auto":
+            logger.warning_advice(f"prior_update='auto' takes the {self.prior_update} form: {reason}.")
+        if self.prior_update == "implicit":
+            self._proximal = penalty.attach(optimizer)
+            return
+        rates = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in optimizer.param_groups]
         penalty.warn_if_unstable(max(rates, default=float(self.args.learning_rate)))
+
+    def _detach(self) -> None:
+        """Training has ended, or begins anew: a later optimizer step of somebody else is none of the prior's business."""
+        if self._proximal is not None:
+            self._proximal.remove()
+            self._proximal = None
 
     # ---------------------------------------------------------------------------------------------------------- checks
 
@@ -307,6 +403,11 @@ class _BindPrior(TrainerCallback):
         """Trainer's event."""
         del args, state, control, kwargs
         self._trainer._begin()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del args, state, control, kwargs
+        self._trainer._detach()
 
 
 class PriorTrainer(PriorTrainerMixin, Trainer):

@@ -16,6 +16,15 @@ deviations explain delta. As a function of z the sum of squares has its minimum 
 z enter the value only in second order. Elementwise work is float32 (float64 if the parameters are), in blocks that stay
 in cache; K-vectors, the K x K factor and all sums over blocks are float64.
 
+The same penalty taken as an implicit (backward Euler, proximal) step of length C = diag(step) has a closed form too,
+
+    argmin_x 1/2 (x - theta)^T C^-1 (x - theta) + penalty(x)  =  mean + Sigma (Sigma + C)^-1 delta
+                                                             =  mean + (A delta + C U z) / (A + C)
+    z = (I + U^T (A + C)^-1 U)^-1 U^T (A + C)^-1 delta
+
+each entry goes to a weighted mean of where it is and where the low-rank part expects it, which never overshoots, whatever
+the precision, and in which nothing cancels.
+
 Source: Shwartz-Ziv et al. 2022 (arXiv 2205.10279), section 3; Maddox et al. 2019 (arXiv 1902.02476), eq. 5-6 for the
 SWAG weights diagonal_weight = 1/2, low_rank_weight = 1/(2(K-1)).
 """
@@ -95,6 +104,7 @@ class LowRankGaussian:
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
+        self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # of the last proximal step
 
     # ---------------------------------------------------------------------------------------------- shape and views
 
@@ -216,6 +226,81 @@ class LowRankGaussian:
                     out.copy_(flat[name].view(out.shape))
         return value
 
+    def proximal_step_(self, theta: Mapping[str, Tensor], step: Mapping[str, float | Tensor]) -> Tensor:
+        """theta <- mean + Sigma (Sigma + C)^-1 (theta - mean) in place, C = diag(step): the implicit step of the penalty.
+
+        It minimises 1/2 (x - theta)^T C^-1 (x - theta) + penalty(x), so it is stable for every step and precision, and it
+        leaves a weight where the penalty's gradient is zero. No temporary of the size of theta or of a deviation is made;
+        the K x K factor is made anew unless the steps are the same numbers as in the last call.
+
+        Args:
+            theta: name -> (*shape) for every name of the Gaussian, changed in place.
+            step: name -> step length c >= 0 in units of weight^2 per nat, a number, a 0-d tensor or (*shape). Names that
+                are missing have step 0: they are conditioned on and stay where they are.
+
+        Returns:
+            The penalty at the new theta in nats, 0-d float64, a by-product: with y = Sigma^-1 (new theta - mean) it is
+            1/2 (|A^1/2 y|^2 + |z|^2).
+
+        Raises:
+            PriorMatchError: a name is missing or a shape differs.
+        """
+        self._checked_names(theta)
+        for name, length in step.items():
+            known = name in self.mean
+            if not known or (isinstance(length, Tensor) and length.ndim and length.shape != self.mean[name].shape):
+                raise PriorMatchError(f"cannot step {name!r}: no such parameter, or the step has another shape.")
+        device = self._device()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return self._step(theta, dict(step), device)
+
+    def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
+        accumulator = _accumulator(device)
+        low_rank = self._low_rank_scale()
+        z = torch.zeros(self.rank, dtype=accumulator, device=device)
+        if low_rank:
+            key = _step_key(step)
+            known = key is not None and self._stepped is not None and self._stepped[0] == key
+            gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
+            for name in self.names:
+                weight, flat = self._weight(name), theta[name].detach().reshape(-1)
+                for start, stop in self._blocks(name):
+                    delta, diagonal = self._delta(name, flat, start, stop, accumulator)
+                    diagonal += _block(step.get(name, 0.0), start, stop, accumulator)
+                    rows = self._rows(name, start, stop, accumulator)
+                    z += weight * (rows @ (delta / diagonal))
+                    if not known:
+                        gram += weight * (rows / diagonal) @ rows.T
+            if self._sum is not None:
+                self._sum(z)
+                if not known:
+                    self._sum(gram)
+            if not known:
+                self._stepped = (key, self._factorised(gram))
+            assert self._stepped is not None  # noqa: S101
+            z = torch.cholesky_solve((low_rank * z).unsqueeze(1), self._stepped[1]).squeeze(1)
+        total = torch.zeros((), dtype=accumulator, device=device)
+        for name in self.names:
+            weight, flat = self._weight(name), theta[name].detach().reshape(-1)  # a copy where not contiguous
+            for start, stop in self._blocks(name):
+                delta, diagonal = self._delta(name, flat, start, stop)
+                length = _block(step.get(name, 0.0), start, stop, delta.dtype)
+                expected = torch.zeros_like(delta)
+                if low_rank:
+                    expected = (low_rank * z).to(delta.dtype) @ self._rows(name, start, stop, delta.dtype)
+                whole = diagonal + length
+                gradient = (delta - expected) / whole
+                total += weight * (gradient.square() * diagonal).sum(dtype=accumulator)
+                if name in step:
+                    moved = (diagonal * delta + length * expected) / whole
+                    mean = self.mean[name].reshape(-1)[start:stop].to(delta.dtype)
+                    flat[start:stop] = (mean + moved).to(flat.dtype)
+            if name in step and not theta[name].is_contiguous():  # e.g. channels_last weights
+                theta[name].copy_(flat.view(theta[name].shape))
+        if self._sum is not None:
+            self._sum(total)
+        return 0.5 * (total + z.square().sum())
+
     def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
         """log N(theta; mean, Sigma) in nats, normalised: a 0-d float64 tensor, differentiable in `theta`."""
         return -self.penalty(theta) - 0.5 * (self.log_determinant() + self._total_entries() * math.log(2 * math.pi))
@@ -296,6 +381,15 @@ class LowRankGaussian:
             estimate = norm / self._norm({n: vector[n] - self.mean[n] for n in self.names})
             vector = {n: self.mean[n].double() + image[n].double() / norm for n in self.names}
         return estimate
+
+    def diagonal_precision(self) -> float:
+        """The sum of 1 / A over all entries: tr(Sigma^-1) from above; the K low-rank directions lower it a little."""
+        accumulator = _accumulator(self._device())
+        total = torch.zeros((), dtype=accumulator, device=self._device())
+        for name in self.names:
+            for start, stop in self._blocks(name):
+                total += self._weight(name) * self._diagonal(name, start, stop, accumulator).reciprocal().sum()
+        return float(total if self._sum is None else self._sum(total))
 
     def _unit_start(self, name: str, generator: torch.Generator) -> Tensor:
         """A start vector that leans to where the diagonal is small, so that few iterations are enough."""
@@ -397,18 +491,22 @@ class LowRankGaussian:
             return None
         if self._factor is None:
             device = self._device()
-            accumulator = _accumulator(device)
             with torch.autocast(device.type, enabled=False):
-                gram = self._gram(accumulator, device)
-            matrix = torch.eye(self.rank, dtype=accumulator, device=device) + low_rank**2 * gram
-            factor, info = torch.linalg.cholesky_ex(matrix)
-            if int(info) or not torch.isfinite(factor).all():
-                raise PriorNumericsError(
-                    "I + U^T A^-1 U has no Cholesky factor: the variances are too small for the deviations, or a value "
-                    "is NaN. `prior-hub check` says which; a larger variance_floor or eps mends the first."
-                )
-            self._factor = factor
+                gram = self._gram(_accumulator(device), device)
+            self._factor = self._factorised(gram)
         return self._factor
+
+    def _factorised(self, gram: Tensor) -> Tensor:
+        """The Cholesky factor of I + low_rank_scale^2 gram, (K, K)."""
+        matrix = torch.eye(self.rank, dtype=gram.dtype, device=gram.device) + self._low_rank_scale() ** 2 * gram
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) or not torch.isfinite(factor).all():
+            raise PriorNumericsError(
+                "I + U^T A^-1 U has no Cholesky factor: the variances are too small for the deviations, or a value "
+                "is NaN. `prior-hub check` says which; a larger variance_floor or eps mends the first."
+            )
+        return factor
 
     def _gram(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """D A^-1 D^T, (K, K), over all ranks."""
@@ -423,10 +521,10 @@ class LowRankGaussian:
     def _low_rank_scale(self) -> float:
         return math.sqrt(self.scale * self.low_rank_weight) if self.deviations else 0.0
 
-    def _delta(self, name: str, flat: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """theta - mean (a fresh tensor) and A of one block, flat, in the type of the elementwise work."""
+    def _delta(self, name: str, flat: Tensor, start: int, stop: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """theta - mean and A of one block (fresh tensors), flat, in `dtype` or the type of the elementwise work."""
         mean = self.mean[name]
-        dtype = torch.promote_types(torch.promote_types(flat.dtype, mean.dtype), torch.float32)
+        dtype = dtype or torch.promote_types(torch.promote_types(flat.dtype, mean.dtype), torch.float32)
         block = flat[start:stop].to(dtype)
         return block - mean.reshape(-1)[start:stop].to(dtype), self._diagonal(name, start, stop, dtype)
 
@@ -481,6 +579,20 @@ class _PenaltyFunction(torch.autograd.Function):
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (None, *((g * output.to(g.dtype)).to(dtype) for g, dtype in pairs))
+
+
+def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype) -> float | Tensor:
+    """The part of a step length (a number, 0-d, or a shaped tensor) that belongs to one block."""
+    if not isinstance(length, Tensor):
+        return length
+    return length.to(dtype) if not length.ndim else length.reshape(-1)[start:stop].to(dtype)
+
+
+def _step_key(step: Mapping[str, float | Tensor]) -> tuple[tuple[str, float], ...] | None:
+    """What identifies step lengths that are all plain numbers; None otherwise."""
+    if any(isinstance(length, Tensor) for length in step.values()):
+        return None
+    return tuple((name, float(length)) for name, length in step.items() if not isinstance(length, Tensor))
 
 
 def truncated_weights(rank: int, kept: int, diagonal: float, low_rank: float) -> tuple[float, float]:

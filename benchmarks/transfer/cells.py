@@ -1,0 +1,244 @@
+"""One cell of the grid: a task, a training-set size, a seed, a method and its strength -> one fine-tuning, one row.
+
+A method is a function (task, prior, strength) -> what PriorTrainer is given; a task brings model, data and metrics. A further
+method (an average over the posterior) or task (segmentation, text) is one more entry of METHODS or TASKS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from prior_hub import PriorModel, PriorTrainer, PriorTrainingArguments, SwagCallback, isotropic_prior
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from cifar_resnet20 import Images, ResNet20, load
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What identifies a row of the results. `stage`: tune (validation), final (test) or oracle (test, for regret only)."""
+
+    task: str
+    stage: str
+    method: str
+    n: int
+    seed: int
+    strength: float  # weight decay, variance or scale; 0 for "auto"
+
+    def key(self) -> tuple[Any, ...]:
+        """As it stands in the CSV."""
+        return (self.task, self.stage, self.method, self.n, self.seed, f"{self.strength:g}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- tasks
+
+
+class CifarTask:
+    """CIFAR-10 ResNet-20 -> CIFAR-100's 20 superclasses; forgetting is measured with the source head on CIFAR-10's test set."""
+
+    def __init__(self, config: dict[str, Any], work: Path) -> None:
+        self.config, self.work = config, work
+        self._cache: dict[str, Any] = {}
+
+    def _images(self, which: str, split: str, augment: bool) -> Images:
+        key = f"{which}/{split}/{augment}"
+        if key not in self._cache:
+            with contextlib.redirect_stderr(io.StringIO()):
+                self._cache[key] = load(self.config[which]["dataset"], split, augment=augment)
+        return self._cache[key]
+
+    def source_model(self) -> nn.Module:
+        """The pre-trained source model."""
+        model = ResNet20(10)
+        model.load_state_dict(load_file(self.config["source"]["weights"]))
+        return model
+
+    def prior(self) -> PriorModel:
+        """The learned prior, made on the first call and kept in the work folder."""
+        folder = self.work / "prior"
+        if not (folder / "prior_config.json").is_file():
+            s = self.config["source"]
+            set_seed(0)
+            callback = SwagCallback(s["rank"], start=s["start"], variance_floor=s["variance_floor"])
+            settings = {"max_steps": s["steps"], "learning_rate": s["learning_rate"], "lr_scheduler_type": "constant"}
+            settings |= {"per_device_train_batch_size": s["batch_size"], "weight_decay": s.get("weight_decay", 0.0), "seed": 0}
+            train(
+                Trainer, self.source_model(), settings, self._images("source", "train", s["augment"]), callbacks=[callback]
+            )
+            learned = callback.prior(
+                objective="supervised classification",
+                dataset=Path(s["dataset"]).name,
+                source={"learning_rate": s["learning_rate"], "steps": s["steps"], "augmented": s["augment"]},
+            )
+            learned.save_pretrained(folder)
+        return PriorModel.from_pretrained(folder)
+
+    def model(self, prior: PriorModel) -> nn.Module:
+        """The target model at the prior's mean with a new head."""
+        model = ResNet20(20)
+        prior.initialize(model)
+        return model
+
+    def data(self, n: int, seed: int) -> Images:
+        """n labelled images; seed 0 takes the first n rows of the shuffled data set, and so on (with wrap-around)."""
+        pool = self._images("target", "train", self.config["target"]["augment"])
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        return pool.part(order[:n])
+
+    def tuning(self, n: int, seed: int) -> tuple[Images, Images]:
+        """(four fifths to fit, one fifth to validate) of the n."""
+        images = self.data(n, seed)
+        held = n // 5
+        return images.part(torch.arange(held, n)), images.part(torch.arange(held))
+
+    def test(self) -> Images:
+        """The target's test set."""
+        return self._images("target", "test", False)
+
+    def forgetting(self, model: nn.Module) -> dict[str, float]:
+        """How much of the source task is left: the fine-tuned features under the source task's own head."""
+        again = ResNet20(10)
+        own = self.source_model().linear
+        again.load_state_dict({**model.state_dict(), "linear.weight": own.weight, "linear.bias": own.bias})
+        scores = measure(again, self._images("source", "test", False).part(torch.arange(2000)))
+        return {"source_accuracy": scores["accuracy"], "source_nll": scores["nll"]}
+
+
+TASKS = {"cifar": CifarTask}
+
+
+# --------------------------------------------------------------------------------------------------------------- methods
+
+
+def plain(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """Weight decay on everything."""
+    del prior
+    return None, {"weight_decay": strength}
+
+
+def zero_mean(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """N(0, strength I), from the same start."""
+    zero = {name: torch.zeros_like(t) for name, t in prior.mean.items()}
+    flat = {name: torch.full_like(t, strength) for name, t in prior.mean.items()}
+    return PriorModel.from_tensors(zero, flat, head_parameters=prior.config.head_parameters), {}
+
+
+def at_the_mean(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """N(mean, strength I): L2-SP."""
+    return isotropic_prior(prior, variance=strength), {}
+
+
+def diagonal(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """The learned variances, no deviations, at scale `strength`."""
+    return prior.truncated(0).rescaled(strength), {}
+
+
+def low_rank(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """The learned prior at scale `strength`."""
+    return prior.rescaled(strength), {}
+
+
+def low_rank_auto(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """The learned prior, nothing tuned: its scale and the head's variance from the training set itself."""
+    del strength
+    return prior, {"prior_scale": "auto"}
+
+
+METHODS = {
+    "plain": plain,
+    "zero-mean": zero_mean,
+    "at the mean": at_the_mean,
+    "diagonal": diagonal,
+    "low rank": low_rank,
+    "low rank, auto": low_rank_auto,
+}
+NAMES = {
+    "plain": "plain fine-tuning",
+    "zero-mean": "zero-mean isotropic prior",
+    "at the mean": "isotropic prior at the mean",
+    "diagonal": "learned prior, diagonal",
+    "low rank": "learned low-rank prior",
+    "low rank, auto": 'learned low-rank prior, prior_scale="auto"',
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+def train(trainer_class: type[Trainer], model: nn.Module, settings: dict[str, Any], images: Any, **more: Any) -> Trainer:
+    """SGD with momentum 0.9, quietly."""
+    arguments = PriorTrainingArguments if trainer_class is PriorTrainer else TrainingArguments
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "log_level": "error"}
+    if not torch.cuda.is_available():
+        quiet |= {"use_cpu": True, "dataloader_pin_memory": False}
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, **quiet, **settings)
+        sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": 0.9})
+        trainer = trainer_class(model=model, args=args, train_dataset=images, optimizer_cls_and_kwargs=sgd, **more)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer
+
+
+@torch.no_grad()
+def measure(model: nn.Module, images: Images) -> dict[str, float]:
+    """accuracy, nll (nats), ece (15 equal-width bins) without augmentation."""
+    model.eval()
+    device = next(model.parameters()).device
+    plain = Images(images.pixels, images.labels, augment=False)
+    logits = torch.cat([model(plain.batch(p).to(device))["logits"].cpu() for p in torch.arange(len(plain)).split(250)]).double()
+    confidence, guess = logits.softmax(1).max(1)
+    right = (guess == images.labels).double()
+    ece = 0.0
+    for k in range(15):
+        inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
+        if inside.any():
+            ece += float(inside.double().mean() * (right[inside].mean() - confidence[inside].mean()).abs())
+    nll = nn.functional.cross_entropy(logits, images.labels).item()
+    return {"accuracy": right.mean().item(), "nll": nll, "ece": ece}
+
+
+def run_cell(cell: Cell, config: dict[str, Any], work: Path, task: CifarTask | None = None) -> dict[str, Any]:
+    """Fine-tune and measure: the row."""
+    task = task or TASKS[config["task"]](config, work)
+    began = time.perf_counter()
+    prior = task.prior()
+    fit, validation = task.tuning(cell.n, cell.seed) if cell.stage == "tune" else (task.data(cell.n, cell.seed), None)
+    chosen, extra = METHODS[cell.method](prior, cell.strength)
+    t = config["target"]
+    steps = t["steps"][t["numbers"].index(cell.n)]
+    settings: dict[str, Any] = {
+        "max_steps": steps,
+        "learning_rate": t["learning_rate"],
+        "lr_scheduler_type": t["schedule"],
+        "per_device_train_batch_size": min(t["batch_size"], len(fit)),
+        "seed": cell.seed,
+        **extra,
+    }
+    set_seed(1000 + cell.seed)
+    model = task.model(prior)
+    row: dict[str, Any] = {**asdict(cell), "scale": "", "head_variance": ""}
+    if chosen is None:
+        train(Trainer, model, settings, fit)
+    else:
+        head = {"prior_initialize": False, "prior_head_variance": t["head_variance"]}
+        trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
+        row["scale"] = f"{trainer.prior_penalty.gaussian.scale:.6g}"
+        row["head_variance"] = f"{trainer.prior_penalty.head_variance:.4g}"
+    seconds = time.perf_counter() - began
+    row |= {k: f"{v:.5f}" for k, v in measure(model, validation if validation is not None else task.test()).items()}
+    forgotten = task.forgetting(model) if cell.stage == "final" else {"source_accuracy": "", "source_nll": ""}
+    row |= {k: v if v == "" else f"{v:.5f}" for k, v in forgotten.items()}
+    return row | {"steps": steps, "seconds": f"{seconds:.1f}"}

@@ -1,0 +1,192 @@
+"""The prior as an implicit step of its own after each step of the optimizer: stable at any scale and learning rate.
+
+Learned priors are stiff: their variances span many orders of magnitude, and an explicit gradient step is unstable where
+learning rate x precision / N > 2. Forward-backward splitting takes the data's gradient explicitly and the penalty implicitly:
+
+    theta' = the optimizer's step with the gradient of the NLL alone
+    theta  = argmin_x 1/2 (x - theta')^T M^-1 (x - theta') + penalty(x) / N  =  mean + Sigma (Sigma + M/N)^-1 (theta' - mean)
+
+M is diagonal: what the optimizer multiplies a steady gradient by, so that at rest theta' = theta - M g, and theta stays where
+it is exactly if g + Sigma^-1 (theta - mean) / N = 0. That is the minimum of NLL + penalty / N, the same MAP solution as with
+the gradient form, whatever M is:
+
+    SGD             lr / (1 - momentum) (times 1 - dampening; Nesterov momentum: the same)
+    Adam, AdamW     lr / (sqrt(exp_avg_sq / bias correction) + eps), elementwise: the prior acts in the optimizer's own metric,
+                    and its stiffness never enters exp_avg_sq
+    clipping        times the clipping coefficient of the step: else data would be clipped against an unclipped prior
+
+Along an eigenvector of precision p the step multiplies the distance from the mean by 1 / (1 + M p / N), never by a negative
+number. For SGD without momentum the linearly implicit form, the whole gradient times (I + M Sigma^-1 / N)^-1, gives the same
+iterates; with momentum and Adam it is worse (benchmarks/prior_update.py compares them), so this is the form used.
+
+Source: Lions and Mercier 1979 (forward-backward splitting); Parikh and Boyd 2014, Proximal Algorithms, section 4.2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prior_hub.distributed import is_sharded, local_tensor
+
+if TYPE_CHECKING:
+    from prior_hub.finetuning.penalty import PriorPenalty
+
+__all__ = ["ProximalStep", "can_step_implicitly", "chosen_update"]
+
+UPDATES = ("auto", "gradient", "implicit")
+SUPPORTED = "torch.optim.SGD, Adam and AdamW"
+
+# "auto" takes the implicit step above these.
+_STIFF_SGD = 1.0  # learning rate x largest precision / N: above 1 an explicit step overshoots the prior's mean
+_STIFF_ADAM = 0.01  # nats per example that one step of size lr in every weight costs under the prior: lr^2 tr(Sigma^-1) / (2N)
+
+
+def can_step_implicitly(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's metric M is known here."""
+    return isinstance(optimizer, torch.optim.SGD | torch.optim.Adam)  # AdamW is an Adam in every torch this runs on
+
+
+def chosen_update(requested: str, penalty: PriorPenalty, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    """("gradient" or "implicit", why): what `prior_update` comes to for this prior, optimizer, learning rate and N.
+
+    Args:
+        requested: "auto", "gradient" or "implicit".
+        penalty: the bound prior.
+        optimizer: the torch optimizer, with its largest learning rate in `initial_lr` or `lr` of its groups.
+
+    Raises:
+        ValueError: no such update, or "implicit" with an optimizer whose metric is not known.
+    """
+    if requested not in UPDATES:
+        raise ValueError(f"prior_update is {requested!r}, expected one of {', '.join(map(repr, UPDATES))}.")
+    known = can_step_implicitly(optimizer)
+    if requested == "implicit" and not known:
+        raise ValueError(
+            f"prior_update='implicit' needs the step length of each weight, known for {SUPPORTED}, not for "
+            f"{type(optimizer).__name__}. Use one of those, or prior_update='gradient'."
+        )
+    if requested != "auto":
+        return requested, "as asked for"
+    if not known:
+        return "gradient", f"the step lengths of {type(optimizer).__name__} are not known (they are for {SUPPORTED})"
+    rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    if isinstance(optimizer, torch.optim.SGD):
+        stiffness, limit = rate * penalty.curvature(), _STIFF_SGD
+        what = f"learning rate {rate:g} x largest precision / N = {stiffness:.3g}"
+    else:
+        stiffness, limit = rate**2 * penalty.total_curvature() / 2, _STIFF_ADAM
+        what = f"a step of {rate:g} in every weight costs {stiffness:.3g} nats per example under the prior"
+    if stiffness > limit:
+        return "implicit", f"{what}, above {limit:g}: an explicit step would overshoot"
+    return "gradient", f"{what}, not above {limit:g}: an explicit step is stable"
+
+
+class ProximalStep:
+    """Takes the prior's implicit step after each step of an optimizer; made by `PriorPenalty.attach(optimizer)`.
+
+        prior_step = penalty.attach(optimizer)
+        for batch in loader:
+            nll(model, batch).backward()
+            prior_step.clip_grad_norm_(model.parameters(), 1.0)   # if you clip; not torch's own function
+            optimizer.step()                                      # and the prior's step with it
+            optimizer.zero_grad()
+
+    It hangs on the optimizer itself, so it counts once per optimizer step under gradient accumulation, and a step that a
+    GradScaler skips is skipped here too. It keeps no state: a resumed run needs nothing from it.
+
+    Args:
+        penalty: the bound prior.
+        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` over the penalty's parameters, without weight decay on them.
+
+    Attributes:
+        clip: the clipping coefficient of the coming step, 1 when the gradient is not clipped; back to 1 after the step.
+
+    Raises:
+        ValueError: the optimizer's metric is not known, it maximises, or does not train a parameter under the prior.
+    """
+
+    def __init__(self, penalty: PriorPenalty, optimizer: torch.optim.Optimizer) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if not can_step_implicitly(optimizer):
+            raise ValueError(
+                f"the implicit step knows the step lengths of {SUPPORTED}, not of {type(optimizer).__name__}: use "
+                "PriorPenalty.add_gradient_ with it."
+            )
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError("the optimizer has maximize=True; a penalty is to be minimised.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in penalty.trained_parameters().items() if id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"the optimizer does not train {len(missing)} of the parameters under the prior ({missing[0]!r}). Make it over "
+                "the parameters as they are now (after wrapping and sharding), or freeze those with requires_grad_(False)."
+            )
+        self.penalty = penalty
+        self.clip: float | Tensor = 1.0
+        self._value: Tensor | None = None
+        self._handle = optimizer.register_step_post_hook(self._after)
+
+    def remove(self) -> None:
+        """Detach from the optimizer."""
+        self._handle.remove()
+
+    def value(self) -> Tensor:
+        """penalty / N at the weights after the last step, 0-d float64; worked out if there was no step yet."""
+        if self._value is None:
+            self._value = self.penalty.penalty() / self.penalty.num_examples
+        return self._value
+
+    def ensure_gradients_(self) -> None:
+        """Give parameters that the loss did not reach a gradient of zero, so that the optimizer has a step length for them."""
+        for parameter in self.penalty.trained_parameters().values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def clipped(self, norm: float | Tensor, max_norm: float) -> None:
+        """Say that the coming step's gradient, of norm `norm`, was clipped to `max_norm` (as torch does it)."""
+        if isinstance(norm, Tensor):
+            norm = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+            self.clip = (max_norm / (norm.detach() + 1e-6)).clamp(max=1.0)
+        else:
+            self.clip = min(1.0, max_norm / (norm + 1e-6))
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_`, which the prior's step then takes into account."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        self.clipped(norm, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook: after `optimizer.step()`."""
+        del args, kwargs
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips the step by itself under a GradScaler
+        if found_inf is not None and float(found_inf) > 0:
+            return
+        lengths = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                lengths[id(parameter)] = _length(optimizer, group, parameter, self.clip)
+        self._value = self.penalty.proximal_step_(lengths) / self.penalty.num_examples
+        self.clip = 1.0
+
+
+def _length(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, clip: float | Tensor) -> float | Tensor:
+    """M of one parameter: a number, or (*local_shape) for Adam."""
+    rate = float(group["lr"])
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum = float(group["momentum"])
+        steady = (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0
+        return rate * steady * clip
+    state = optimizer.state.get(parameter)
+    if not state or rate == 0.0:
+        return 0.0  # no step was taken for it
+    second = local_tensor(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])
+    second = second.to(torch.promote_types(second.dtype, torch.float32))
+    correction = 1 - float(group["betas"][1]) ** float(state["step"])
+    length: Tensor = (rate * clip) / (second.sqrt() / math.sqrt(correction) + group["eps"])
+    return length

@@ -1,0 +1,412 @@
+"""The prior's implicit step: against the dense float64 formula, closed-form MAP solutions, and the gradient form."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import dense_covariance, image_data, quiet_arguments, random_prior, tiny_resnet, tiny_vit
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from transformers import TrainerCallback
+
+from prior_hub import LowRankGaussian, PriorMatchError, PriorModel, PriorPenalty, PriorTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*ignores num_items_in_batch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_no_garbage():
+    """Trainer collects garbage whenever it starts."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+torch.set_num_threads(1)
+
+ALL = ("a", "b", "c")
+SHAPES = {"a": (3, 4), "b": (), "c": (7,)}
+
+
+def gaussian(rank, scale=1.0, eps=0.0, dtype=torch.float64, seed=0, spread=4.0):
+    """Variances over `spread` decades, deviations of the size of the largest."""
+    g = torch.Generator().manual_seed(seed)
+    mean = {n: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for n, s in SHAPES.items()}
+    variance = {n: (10 ** (-spread * torch.rand(s, generator=g, dtype=torch.float64))).to(dtype) for n, s in SHAPES.items()}
+    rows = {n: torch.randn(rank, *s, generator=g, dtype=torch.float64).to(dtype) for n, s in SHAPES.items()} if rank else None
+    return LowRankGaussian(mean, variance, rows, scale=scale, eps=eps)
+
+
+def flat(tensors, names=ALL):
+    return torch.cat([tensors[n].detach().double().reshape(-1) for n in names])
+
+
+def dense(g: LowRankGaussian) -> torch.Tensor:
+    """Sigma, from the formula of the README."""
+    rows = torch.stack([flat({n: g.deviations[n][k] for n in ALL}) for k in range(g.rank)]) if g.rank else torch.zeros(1, 20, dtype=torch.float64)
+    return g.scale * (g.diagonal_weight * flat(g.variance).diag() + g.low_rank_weight * rows.T @ rows) + g.eps * torch.eye(20, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------ the formula
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rank=st.sampled_from([0, 1, 2, 5]),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    eps=st.sampled_from([0.0, 1e-3]),
+    step=st.sampled_from(["scalar", "tensors", "some"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 5),
+)
+def test_proximal_step_equals_the_dense_solve(rank, scale, eps, step, dtype, seed):
+    g = gaussian(rank, scale, eps, dtype, seed)
+    noise = torch.Generator().manual_seed(seed + 100)
+    theta = {n: m + torch.randn(m.shape, generator=noise, dtype=dtype) for n, m in g.mean.items()}
+    lengths = {n: 10 ** (4 * torch.rand(m.shape, generator=noise, dtype=dtype) - 2) for n, m in g.mean.items()}
+    if step == "scalar":
+        lengths = {"a": 0.3, "b": 2.0, "c": torch.tensor(0.01)}
+    if step == "some":
+        del lengths["c"]  # held fixed: its step is 0
+    c = torch.cat([torch.as_tensor(lengths.get(n, 0.0), dtype=torch.float64).expand(SHAPES[n]).reshape(-1) for n in ALL])
+    sigma, delta = dense(g), flat(theta) - flat(g.mean)
+    held = {n: t.clone() for n, t in theta.items()}
+    moved = sigma @ torch.linalg.solve(sigma + c.diag(), delta)
+
+    value = g.proximal_step_(theta, lengths)
+
+    found = flat(theta) - flat(g.mean)
+    # every entry is a weighted mean of numbers of delta's size (float32: stored as mean + delta)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-9
+    assert (found - moved).abs().max() < tolerance * (delta.abs().max() + flat(g.mean).abs().max())
+    if step == "some":
+        assert torch.equal(theta["c"], held["c"])
+    exact = 0.5 * float(delta @ torch.linalg.solve(sigma + c.diag(), moved))  # 1/2 moved^T Sigma^-1 moved
+    assert float(value) == pytest.approx(exact, rel=2e-4 if dtype == torch.float32 else 1e-8)
+
+
+def test_the_value_of_the_step_is_the_penalty_at_the_new_weights():
+    g = gaussian(3)
+    theta = {n: m + 0.5 for n, m in g.mean.items()}
+    value = g.proximal_step_(theta, dict.fromkeys(ALL, 0.1))
+    assert float(value) == pytest.approx(float(g.penalty(theta)), rel=1e-9)
+
+
+def test_the_factor_is_made_anew_when_the_step_changes_and_kept_when_not(monkeypatch):
+    g, fresh = gaussian(3), []
+    factorised = LowRankGaussian._factorised
+    monkeypatch.setattr(LowRankGaussian, "_factorised", lambda self, gram: fresh.append(1) or factorised(self, gram))
+    theta = {n: m + 0.5 for n, m in g.mean.items()}
+    for length in (0.1, 0.1, 0.2, 0.2):
+        g.proximal_step_(theta, dict.fromkeys(ALL, length))
+    assert len(fresh) == 2
+    again = gaussian(3)
+    other = {n: m + 0.5 for n, m in again.mean.items()}
+    for length in (0.1, 0.1, 0.2, 0.2):
+        gaussian(3).proximal_step_(other, dict.fromkeys(ALL, length))
+    assert torch.equal(flat(theta), flat(other))
+
+
+def test_a_step_with_a_wrong_name_or_shape_is_refused_and_nothing_moves():
+    g = gaussian(2)
+    theta = {n: m + 0.5 for n, m in g.mean.items()}
+    before = flat(theta).clone()
+    for wrong in ({"d": 0.1}, {"a": torch.ones(4, 3)}):
+        with pytest.raises(PriorMatchError, match="cannot step"):
+            g.proximal_step_(theta, wrong)
+    assert torch.equal(flat(theta), before)
+
+
+def test_steps_reach_channels_last_weights_in_place():
+    model = tiny_resnet()
+    prior = random_prior(model, rank=2)
+    expected = tiny_resnet()
+    PriorPenalty(prior, expected, num_examples=5).proximal_step_({id(p): 0.3 for p in expected.parameters()})
+    model.to(memory_format=torch.channels_last)
+    assert any(not p.is_contiguous() for p in model.parameters())
+    PriorPenalty(prior, model, num_examples=5).proximal_step_({id(p): 0.3 for p in model.parameters()})
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-6), name
+
+
+# ---------------------------------------------------------------------------- a stiff quadratic with a closed-form solution
+
+
+class Quadratic(nn.Module):
+    """1/2 (w - target)^T H (w - target) over two tensors: the NLL of a Gaussian likelihood, as a mean over N examples."""
+
+    def __init__(self, dtype=torch.float64, head=False):
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.zeros(4, 3, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(8, dtype=dtype))
+        self.target = torch.randn(20, generator=g, dtype=torch.float64)
+        factor = torch.randn(20, 20, generator=g, dtype=torch.float64)
+        self.hessian = factor @ factor.T / 40 + 0.1 * torch.eye(20, dtype=torch.float64)
+
+    def forward(self):
+        delta = torch.cat([self.weight.reshape(-1), self.bias]).double() - self.target
+        return 0.5 * delta @ self.hessian @ delta
+
+
+QUADRATIC_N = 50
+
+
+def stiff_prior(scale=1.0, dtype=torch.float64) -> PriorModel:
+    """Rank 3, variances from 1e-8 to 1e-4, deviations of size 10: condition number of Sigma about 1e10."""
+    g = torch.Generator().manual_seed(2)
+    shapes = {"weight": (4, 3), "bias": (8,)}
+    mean = {n: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
+    variance = {n: (1e-8 * 10 ** (4 * torch.rand(s, generator=g, dtype=torch.float64))).to(dtype) for n, s in shapes.items()}
+    rows = {n: 5 * torch.randn(3, *s, generator=g, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
+    return PriorModel.from_tensors(mean, variance, rows, scale=scale)
+
+
+def closed_form(model: Quadratic, prior: PriorModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The MAP solution, mean + Sigma^(1/2) (...)... solved without inverting Sigma: (H + P/N) w = H t + P m / N."""
+    names = ("weight", "bias")
+    mean = flat(prior.mean, names)
+    rows = torch.stack([flat({n: prior.deviations[n][k] for n in names}, names) for k in range(3)])
+    sigma = prior.scale * (0.5 * flat(prior.variance, names).diag() + 0.25 * rows.T @ rows)
+    # delta = Sigma (Sigma H + I/N)^-1 ... : (I/N + Sigma H) delta = Sigma H (t - m)
+    left = torch.eye(20, dtype=torch.float64) / QUADRATIC_N + sigma @ model.hessian
+    delta = torch.linalg.solve(left, sigma @ model.hessian @ (model.target - mean))
+    return mean + delta, torch.linalg.eigvalsh(sigma)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p, lr: SGD(p, lr=lr),
+    "momentum": lambda p, lr: SGD(p, lr=lr, momentum=0.9),
+    "dampened": lambda p, lr: SGD(p, lr=lr, momentum=0.5, dampening=0.5),
+    "nesterov": lambda p, lr: SGD(p, lr=lr, momentum=0.8, nesterov=True),
+    "adamw": lambda p, lr: AdamW(p, lr=lr, weight_decay=0.0),
+    "amsgrad": lambda p, lr: Adam(p, lr=lr, amsgrad=True),
+}
+
+
+def minimised(model, prior, make, rate, steps, *, max_norm=None, decay=True):
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    prior.initialize(model)
+    optimizer = make(model.parameters(), rate)
+    step = penalty.attach(optimizer)
+    for i in range(steps):
+        if decay and i > steps // 2:  # Adam's steps do not shrink by themselves
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 1e-4 ** (2 * i / steps - 1)
+        model().backward()
+        if max_norm is not None:
+            step.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([model.weight.reshape(-1), model.bias]).detach().double()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("max_norm", [None, 1.5])
+def test_every_optimizer_reaches_the_closed_form_map_of_a_stiff_quadratic(name, max_norm):
+    model, prior = Quadratic(), stiff_prior()
+    solution, spectrum = closed_form(model, prior)
+    assert float(spectrum[-1] / spectrum[0]) > 1e10
+    assert max_norm is None or (model.hessian @ (solution - model.target)).norm() > 1.2 * max_norm  # it clips at the solution too
+    adaptive = name in ("adamw", "amsgrad")
+    rate, steps = (0.05, 1500) if adaptive else (0.3, 800)
+    found = minimised(model, prior, OPTIMIZERS[name], rate, steps, max_norm=max_norm, decay=adaptive)
+    assert (found - solution).norm() < 1e-5 * solution.norm()
+    gradient_form = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    assert 0.05 * gradient_form.curvature() > 1e5  # learning rate x precision / N: 2 is the limit of a gradient step
+
+
+def test_in_float32_it_reaches_the_map_to_the_precision_of_a_stored_weight():
+    model, prior = Quadratic(torch.float32), stiff_prior(dtype=torch.float32)
+    solution, _ = closed_form(model, prior)
+    found = minimised(model, prior, OPTIMIZERS["momentum"], 0.2, 1000, decay=False)
+    assert (found - solution).norm() < 1e-5 * solution.norm()
+
+
+def test_where_the_implicit_form_converges_the_gradient_form_diverges():
+    model, prior = Quadratic(), stiff_prior()
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    prior.initialize(model)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for _ in range(20):
+        model().backward()
+        penalty.add_gradient_()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not float(penalty.penalty()) < 1e20
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_at_a_soft_prior_both_forms_end_in_the_same_weights(name):
+    ends = []
+    for implicit in (True, False):
+        model, prior = Quadratic(), stiff_prior(scale=1e9)
+        penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+        prior.initialize(model)
+        optimizer = OPTIMIZERS[name](model.parameters(), 0.05)
+        if implicit:
+            penalty.attach(optimizer)
+        for i in range(1200):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (1e-4 ** max(0, i / 600 - 1) if name == "adamw" else 1)
+            model().backward()
+            if not implicit:
+                penalty.add_gradient_()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([model.weight.reshape(-1), model.bias]).detach())
+    assert (ends[0] - ends[1]).norm() < 1e-5 * ends[1].norm()
+    assert (ends[0] - flat(prior.mean, ("weight", "bias"))).norm() > 0.1  # the data did move them
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6, 1e12])
+def test_no_scale_and_no_learning_rate_sends_it_away(scale):
+    for rate in (1e-3, 0.3):
+        model, prior = Quadratic(), stiff_prior(scale=scale)
+        found = minimised(model, prior, OPTIMIZERS["momentum"], rate, 150, decay=False)
+        start = flat(prior.mean, ("weight", "bias"))
+        assert (found - model.target).norm() < 2 * (start - model.target).norm()
+
+
+def test_frozen_parameters_are_conditioned_on():
+    """With the bias fixed away from its mean the weights settle where the conditional prior and the data agree."""
+    model, prior = Quadratic(), stiff_prior()
+    model.bias.requires_grad_(False)
+    with torch.no_grad():
+        model.bias.copy_(prior.mean["bias"] + 0.01)
+    held = model.bias.clone()
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    with torch.no_grad():
+        model.weight.copy_(prior.mean["weight"])
+    optimizer = SGD([model.weight], lr=0.1, momentum=0.9)
+    penalty.attach(optimizer)
+    for _ in range(1500):
+        model().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.bias, held)
+    # dense: conditional mean and covariance of the weight given the bias, then its MAP
+    _, _, sigma = *closed_form(model, prior), dense_sigma(prior)
+    s11, s12, s22 = sigma[:12, :12], sigma[:12, 12:], sigma[12:, 12:]
+    gain = torch.linalg.solve(s22, s12.T).T
+    mean = prior.mean["weight"].reshape(-1) + gain @ (held - prior.mean["bias"])
+    conditional = s11 - gain @ s12.T
+    h11, h12 = model.hessian[:12, :12], model.hessian[:12, 12:]
+    pull = h11 @ (model.target[:12] - mean) - h12 @ (held - model.target[12:])
+    delta = torch.linalg.solve(torch.eye(12, dtype=torch.float64) / QUADRATIC_N + conditional @ h11, conditional @ pull)
+    found = model.weight.detach().reshape(-1)
+    assert (found - mean - delta).norm() < 1e-4 * found.norm()
+
+
+def dense_sigma(prior):
+    names = ("weight", "bias")
+    rows = torch.stack([flat({n: prior.deviations[n][k] for n in names}, names) for k in range(3)])
+    return prior.scale * (0.5 * flat(prior.variance, names).diag() + 0.25 * rows.T @ rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ the trainer
+
+
+class Watch(TrainerCallback):
+    """The weights and (clipped) gradients right before each step of the optimizer, and the weights at the end."""
+
+    def __init__(self):
+        self.weights, self.gradients, self.rates, self.end = [], [], [], None
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        named = dict(model.named_parameters())
+
+        def look(inner, *_):
+            self.weights.append({n: p.detach().clone() for n, p in named.items()})
+            self.gradients.append({n: p.grad.clone() for n, p in named.items()})
+            self.rates.append(inner.param_groups[0]["lr"])
+
+        optimizer.optimizer.register_step_pre_hook(look)
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+
+def trained(model, prior, folder, **arguments):
+    watch = Watch()
+    settings = {"learning_rate": 0.02, "prior_initialize": False, "prior_update": "implicit", "prior_head_variance": 0.5}
+    args = quiet_arguments(folder, **{**settings, **arguments})
+    trainer = PriorTrainer(model=model, args=args, train_dataset=image_data(26), prior=prior, callbacks=[watch])
+    trainer.train()
+    return trainer, watch
+
+
+def assert_steps_are_the_dense_ones(prior, watch, num_examples, clips):
+    """weights[i+1] = mean + Sigma (Sigma + c)^-1 (weights[i] - rate * gradient - mean), c = rate * clip / N, for plain SGD."""
+    names = list(prior.mean)
+    sigma, mean = dense_covariance(prior), flat(prior.mean, names)
+    eye = torch.eye(len(mean), dtype=torch.float64)
+    for i, clip in enumerate(clips):
+        before, gradient, after, rate = watch.weights[i], watch.gradients[i], watch.weights[i + 1], watch.rates[i]
+        c = rate * clip / num_examples
+        delta = flat(before, names) - rate * flat(gradient, names) - mean
+        expected = sigma @ torch.linalg.solve(sigma + c * eye, delta)
+        found = flat(after, names) - mean
+        assert (found - expected).norm() < 1e-6 * flat(after, names).norm()  # weights are stored in float32
+        pulled = (delta - expected).norm()
+        assert pulled > 1e3 * (found - expected).norm()  # the prior's part is seen: counted twice it would be off by it
+        for name in before.keys() - set(names):
+            there = (before[name] - rate * gradient[name]).double() * (0.5 / (0.5 + c))
+            torch.testing.assert_close(after[name].double(), there, rtol=0, atol=1e-6)
+
+
+CASES = [
+    pytest.param(26, {"num_train_epochs": 1}, id="no accumulation"),
+    pytest.param(26, {"num_train_epochs": 2, "gradient_accumulation_steps": 4}, id="short last window"),
+    pytest.param(26, {"num_train_epochs": 1, "lr_scheduler_type": "linear"}, id="schedule"),
+    pytest.param(26, {"num_train_epochs": 1, "max_grad_norm": 0.05, "gradient_accumulation_steps": 2}, id="clipping"),
+    pytest.param(26, {"num_train_epochs": 1, "bf16": True}, id="bf16 autocast"),
+]
+
+
+@pytest.mark.parametrize("factory", [tiny_vit, tiny_resnet])
+@pytest.mark.parametrize(("n", "settings"), CASES)
+def test_the_implicit_step_is_taken_once_per_optimizer_step(tmp_path, factory, n, settings):
+    model = factory()
+    prior = random_prior(model, variance=1e-5, shift=0.01)
+    trainer, watch = trained(model, prior, tmp_path, **settings)
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    bound = settings.get("max_grad_norm")
+    clips = [min(1.0, bound / (norm + 1e-6)) if bound else 1.0 for norm in norms] or [1.0] * (len(watch.weights) - 1)
+    assert len(clips) == len(watch.weights) - 1 == trainer.state.global_step
+    assert bound is None or min(clips) < 0.9
+    assert_steps_are_the_dense_ones(prior, watch, n, clips)
+
+
+def test_a_step_that_the_scaler_skips_is_skipped_by_the_prior(tmp_path, monkeypatch):
+    """fp16 on the CPU with a GradScaler that overflows at first: the weights stay until the first real step."""
+    model = tiny_vit()
+    prior = random_prior(model, variance=1e-5, shift=0.01)
+    watch, skipped = Watch(), []
+
+    class Skips(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            skipped.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    settings = {"learning_rate": 0.02, "prior_initialize": False, "prior_update": "implicit", "prior_head_variance": 0.5}
+    args = quiet_arguments(tmp_path, max_steps=30, max_grad_norm=0.05, **settings)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = PriorTrainer(model=model, args=args, train_dataset=image_data(26), prior=prior, callbacks=[watch, Skips()])
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=10**6)
+    accelerator.native_amp = True
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    trainer.train()
+    unmoved = [all(torch.equal(a[n], b[n]) for n in start) for a, b in zip([start, *skipped], skipped, strict=False)]
+    assert unmoved[0], "the scaler did not overflow: the test tests nothing"
+    assert not unmoved[-1]
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    real = [norm for norm, still in zip(norms, unmoved, strict=True) if not still]
+    clips = [min(1.0, 0.05 / (norm + 1e-6)) for norm in real]
+    assert len(clips) == len(watch.weights) - 1
+    assert_steps_are_the_dense_ones(prior, watch, 26, clips)
