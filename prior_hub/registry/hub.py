@@ -318,10 +318,15 @@ def _contents(
     """What to upload: paths, and for the card the text that joins it with the one already there."""
     path = _join(subfolder, CARD_NAME)
     local = read_card(files[path]) if path in files else render_card(config)
-    there = None
+    there = previous = None
     if path in remote:
         there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
-    return files | {path: update_card(there, local, repo_id=repo_id, subfolder=subfolder).encode()}
+        config_path = _join(subfolder, CONFIG_NAME)
+        if config_path in remote:
+            with contextlib.suppress(PriorFormatError):  # what cannot be read is replaced all the same
+                data = read_bounded(Path(api.hf_hub_download(repo_id, config_path, revision=head)))
+                previous = PriorConfig.from_json(data, where=f"{config_path} of {repo_id}")
+    return files | {path: update_card(there, local, previous=previous, repo_id=repo_id, subfolder=subfolder).encode()}
 
 
 def _stale(remote: set[str], files: dict[str, Path], subfolder: str | None) -> set[str]:
