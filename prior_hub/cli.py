@@ -285,7 +285,8 @@ def _parser() -> argparse.ArgumentParser:
         "publish a prior's folder on the Hub, card included, in one commit",
         "The folder is checked first; nothing is sent if it is not a whole prior. A card that is already in the repository "
         "keeps what a person wrote in it. Log in with `hf auth login`, or set HF_TOKEN.",
-        "examples:\n  prior-hub push ./my_prior me/my-prior\n  prior-hub push ./my_prior org/name --tag v1.0 --create-pr",
+        "examples:\n  prior-hub push ./my_prior me/my-prior\n  prior-hub push ./my_prior org/name --tag v1.0\n"
+        "  prior-hub push ./my_prior org/name --create-pr",
     )
     push.add_argument("folder", type=Path, help="folder that save_pretrained wrote")
     push.add_argument("repo_id", help="organisation/name, or a name under your own account")
