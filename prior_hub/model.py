@@ -293,12 +293,13 @@ class PriorModel:
         on_mismatch: str = "error",
         min_coverage: float = 0.5,
     ) -> Match:
-        """Which parameters of `model` are under this prior; print it. Arguments and errors as `match_names`."""
+        """Which parameters of `model` are under this prior; print it. Arguments, errors and warnings as `match_parameters`."""
         return match_parameters(
             self.config.parameters,
             model,
             head_parameters=self.config.head_parameters,
             tied_parameters=self.config.tied_parameters,
+            model_type=self.config.model_type,
             name_map=name_map,
             include_head=include_head,
             on_mismatch=on_mismatch,
