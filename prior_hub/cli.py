@@ -292,7 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("repo_id", help="organisation/name, or a name under your own account")
     push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
     push.add_argument("--subfolder", metavar="FOLDER", help="folder of the repository, beside a model for example")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument(
+        "--private", action="store_true", help="make a new repository private; refused if it exists and is public"
+    )
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.add_argument("--tag", metavar="TAG", help="tag the commit, for example v1.0")
     push.add_argument("--message", metavar="TEXT", help="commit message")

@@ -423,7 +423,7 @@ class PriorModel:
             revision: branch to push to, created if missing; "main" when None.
             subfolder: folder of the repository, so that a prior can live beside a model.
             token: an access token; the logged-in one when None.
-            private: make a new repository private.
+            private: make a new repository private; refused before anything is pushed if there is a public one.
             create_pr: open a pull request instead.
             commit_message: first line of the commit.
             commit_description: rest of the commit message.

@@ -203,7 +203,7 @@ def upload_prior(
         PriorAccessError: the token may not write there.
         PriorConnectionError: the Hub cannot be reached or fails; says whether anything landed.
         PriorFormatError: a weight file is not the one the configuration describes, or the card is not valid.
-        PriorHubError: somebody else pushed meanwhile, or the tag exists.
+        PriorHubError: somebody else pushed meanwhile, or the tag exists, or the repository is public and `private` was asked.
         ValueError: `tag` together with `create_pr`.
     """
     if tag and create_pr:
@@ -213,6 +213,11 @@ def upload_prior(
     api = _api(token)
     with _explained(repo_id, revision, subfolder):
         name: str = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id
+        if private and not api.model_info(name).private:
+            raise PriorHubError(
+                f"{name} exists already and is public: nothing was pushed. Make it private first, on its page under Settings "
+                f"or with huggingface_hub.HfApi().update_repo_settings({name!r}, private=True), or push to a new name."
+            )
         branch = revision or "main"
         if tag and any(ref.name == tag for ref in api.list_repo_refs(name).tags):
             raise PriorHubError(f"{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it.")
