@@ -1,6 +1,7 @@
 """The command line: help that teaches, exit codes, JSON, and the real Hub client underneath."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -153,6 +154,10 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
         prior.push_to_hub(name, tag="v1.0")
     monkeypatch.chdir(tmp_path)
     prior.save_pretrained("my_prior")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    (first_step,) = re.findall(r"`prior-hub ([^`]+)`", capsys.readouterr().out)
+    assert main(shlex.split(first_step)) == 0
     for command in COMMANDS:
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -167,7 +172,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
                 )
                 words[2] = targets[-1].repo_id
             assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
-    assert demos == [("demo_output", 3), ("my_demo", 5)]
+    assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
     assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
     refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]
     assert [(len(r.tags), len(r.pull_requests)) for r in refs] == [(0, 0), (1, 0), (0, 1)]
