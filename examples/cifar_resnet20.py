@@ -165,7 +165,9 @@ def learn_prior(options: argparse.Namespace, images: Images) -> PriorModel:
     }
     train(Trainer, model, settings, images, callbacks=[callback])
     print(f"source, after:  training accuracy {evaluate(model, images)[0]:.3f}")
-    prior = callback.prior(objective="supervised classification", dataset=Path(options.source).name)
+    local = Path(options.source)  # a path of this machine means nothing to others
+    dataset = local.name if local.exists() else options.source
+    prior = callback.prior(objective="supervised classification", dataset=dataset)
     prior.save_pretrained(options.output / "prior")
     return PriorModel.from_pretrained(options.output / "prior")
 

@@ -285,13 +285,16 @@ def _parser() -> argparse.ArgumentParser:
         "publish a prior's folder on the Hub, card included, in one commit",
         "The folder is checked first; nothing is sent if it is not a whole prior. A card that is already in the repository "
         "keeps what a person wrote in it. Log in with `hf auth login`, or set HF_TOKEN.",
-        "examples:\n  prior-hub push ./my_prior me/my-prior\n  prior-hub push ./my_prior org/name --tag v1.0 --create-pr",
+        "examples:\n  prior-hub push ./my_prior me/my-prior\n  prior-hub push ./my_prior org/name --tag v1.0\n"
+        "  prior-hub push ./my_prior org/name --create-pr",
     )
     push.add_argument("folder", type=Path, help="folder that save_pretrained wrote")
     push.add_argument("repo_id", help="organisation/name, or a name under your own account")
     push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
     push.add_argument("--subfolder", metavar="FOLDER", help="folder of the repository, beside a model for example")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument(
+        "--private", action="store_true", help="make a new repository private; refused if it exists and is public"
+    )
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.add_argument("--tag", metavar="TAG", help="tag the commit, for example v1.0")
     push.add_argument("--message", metavar="TEXT", help="commit message")

@@ -19,7 +19,7 @@ from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchE
 from prior_hub.priors.config import PriorConfig
 from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
-from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_prior, write_prior
+from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
 from prior_hub.registry.hub import PushResult, download_prior, upload_prior
 
@@ -293,12 +293,13 @@ class PriorModel:
         on_mismatch: str = "error",
         min_coverage: float = 0.5,
     ) -> Match:
-        """Which parameters of `model` are under this prior; print it. Arguments and errors as `match_names`."""
+        """Which parameters of `model` are under this prior; print it. Arguments, errors and warnings as `match_parameters`."""
         return match_parameters(
             self.config.parameters,
             model,
             head_parameters=self.config.head_parameters,
             tied_parameters=self.config.tied_parameters,
+            model_type=self.config.model_type,
             name_map=name_map,
             include_head=include_head,
             on_mismatch=on_mismatch,
@@ -382,7 +383,7 @@ class PriorModel:
         folder = Path(save_directory).expanduser()
         card_path = folder / CARD_NAME
         existing = read_card(card_path) if card_path.is_file() else None
-        card = update_card(existing, render_card(self.config, repo_id=repo_id))
+        card = update_card(existing, render_card(self.config, repo_id=repo_id), previous=_config_in(folder))
         self._write(folder, card, max_shard_size)
         if not push_to_hub:
             return None
@@ -422,7 +423,7 @@ class PriorModel:
             revision: branch to push to, created if missing; "main" when None.
             subfolder: folder of the repository, so that a prior can live beside a model.
             token: an access token; the logged-in one when None.
-            private: make a new repository private.
+            private: make a new repository private; refused before anything is pushed if there is a public one.
             create_pr: open a pull request instead.
             commit_message: first line of the commit.
             commit_description: rest of the commit message.
@@ -487,6 +488,14 @@ def library_versions(extra: Sequence[str] = ()) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _config_in(folder: Path) -> PriorConfig | None:
+    """The configuration of the prior in a folder that is about to be replaced; None if there is none that can be read."""
+    try:
+        return read_config(folder)
+    except (PriorNotFoundError, PriorFormatError):
+        return None
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@
     hub.stop()
 
 Two listening sockets, because the client treats a redirect to another *host* differently: the Hub (API, /resolve, LFS
-batch) on 127.0.0.1, the CDN (pre-signed LFS GET and PUT) on 127.0.0.2. Models and LFS only: no Xet, no multipart.
+batch) on 127.0.0.1, the CDN (pre-signed LFS GET and PUT) on 127.0.0.2. Models (data sets among them) and LFS only: no Xet,
+no multipart.
 Contents are content addressed on disk, references and settings in memory:
 
     <root>/objects/<git sha1>   regular files, and commits as JSON
@@ -448,6 +449,8 @@ class LoopbackHub:
         if role == "hub":
             request.who = self.authenticate(request.headers.get("authorization"))
         method = "GET" if request.method == "HEAD" else request.method
+        # data sets are kept among the models, enough for `datasets.load_dataset`
+        request.path = re.sub("^/api/datasets/", "/api/models/", re.sub("^/datasets/", "/", request.path))
         for route_role, route_method, pattern, function in ROUTES:
             match = pattern.fullmatch(request.path) if (route_role, route_method) == (role, method) else None
             if match:
@@ -516,7 +519,7 @@ def create_repo(hub: LoopbackHub, request: Request) -> Response:
     wish = request.json()
     owner, name = wish.get("organization") or request.user, wish.get("name") or ""
     repo_id = f"{owner}/{name}"
-    if wish.get("type", "model") != "model" or not (NAME.fullmatch(owner) and NAME.fullmatch(name)):
+    if wish.get("type", "model") not in ("model", "dataset") or not (NAME.fullmatch(owner) and NAME.fullmatch(name)):
         raise HubError(400, f"Invalid repo name or type: {repo_id}")
     hub.check_write(owner, request)
     url = f"{request.base}/{repo_id}"

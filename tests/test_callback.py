@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_fixtures import fresh_repo_id
 from models import image_data, quiet_arguments, tiny_bert, tiny_resnet, tiny_vit
+from priors_for_tests import differences
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -23,6 +25,7 @@ from prior_hub import (
     PriorNumericsError,
     PriorWarning,
     SwagCallback,
+    push_prior_to_hub,
 )
 
 torch.set_num_threads(1)
@@ -171,6 +174,50 @@ def test_batch_norm_batches_limits_the_pass(tmp_path):
     tracked = [int(b) for n, b in callback.prior().buffers.items() if n.endswith("num_batches_tracked")]
     assert tracked
     assert set(tracked) == {2}
+
+
+class TiedNet(nn.Module):
+    """Tied weights and BatchNorm in the body, and in the head BatchNorm too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.stem = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.second.weight = self.first.weight
+            self.fc = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.fc(self.second(self.first(self.stem(pixel_values)).tanh()))
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("max_shard_size", ["5GB", 2000])
+@pytest.mark.parametrize("learner", ["callback", "estimator"])
+def test_a_learned_prior_goes_through_a_folder_and_the_hub_bit_for_bit(tmp_path, learner, max_shard_size):
+    callback = every_step(batch_norm="recompute")
+    trainer_with(tmp_path / "run", callback, model=TiedNet()).train()
+    facts = {"base_model": "org/tied", "dataset": ["org/images", "org/more"], "license": "mit", "scale": 1e4, "eps": 1e-9}
+    if learner == "callback":
+        prior = callback.prior(**facts)
+        assert prior.config.estimator["learning_rate"] == [0.05, 0.05]
+    else:
+        prior = callback.estimator.prior(**facts, deviations_dtype=torch.bfloat16, source={"epochs": 3})
+    assert prior.config.tied_parameters == {"second.weight": "first.weight"}
+    assert prior.buffers["stem.2.num_batches_tracked"].dtype == torch.int64
+    assert {name.split(".")[0] for name in prior.buffers} == {"stem"}
+    prior.save_pretrained(tmp_path / "folder", max_shard_size=max_shard_size)
+    assert (len(list((tmp_path / "folder").glob("*.safetensors"))) > 1) is (max_shard_size != "5GB")
+    assert differences(PriorModel.from_pretrained(tmp_path / "folder"), prior) == []
+    name = push_prior_to_hub(tmp_path / "folder", fresh_repo_id("learned")).repo_id
+    found = PriorModel.from_pretrained(name, cache_dir=tmp_path / "cache")
+    assert differences(found, prior) == []
+    model = TiedNet()
+    assert len(found.initialize(model).pairs) == len(prior.mean)
+    assert torch.equal(model.second.weight, prior.mean["first.weight"])
+    assert torch.equal(model.stem[2].num_batches_tracked, prior.buffers["stem.2.num_batches_tracked"])
 
 
 def test_prior_records_where_it_comes_from(tmp_path):

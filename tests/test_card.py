@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from hub_fixtures import fresh_repo_id
-from huggingface_hub import HfApi, ModelCard, get_session
+from huggingface_hub import HfApi, ModelCard, get_session, hf_hub_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from priors_for_tests import TinyNet, random_prior
 from test_storage import GOLDEN
 
 from prior_hub.errors import PriorFormatError
-from prior_hub.model import PriorModel
+from prior_hub.model import PriorModel, push_prior_to_hub
 from prior_hub.registry.card import BEGIN, END, PLACEHOLDER, card_metadata, read_card, render_card, split_card, update_card
 
 PRIOR = random_prior()
@@ -333,7 +334,7 @@ def test_a_card_that_is_not_utf_8_is_refused_and_named(tmp_path):
 WORDS = st.text(st.sampled_from("ab#-|`: \n"), max_size=30)
 KEYS = st.dictionaries(
     st.sampled_from(["language", "license", "library_name", "x-y", "on", "datasets", "tags"]),
-    st.sampled_from([None, "no", "a: b", ["x", "y"], "mit", 1.5, True, "multi\nline", "'q\"", {"k": ["v"]}]),
+    st.sampled_from([None, "no", "a: b", ["x", "y"], "mit", "prior-hub", 1.5, True, "multi\nline", "'q\"", {"k": ["v"]}]),
 )
 
 
@@ -356,7 +357,77 @@ def test_any_card_keeps_its_words_and_keys_through_two_renderings(data, before, 
     assert update_card(once, RENDERED) == once
 
 
+FIRST = random_prior(license="Our Lab's Licence", base_model="org/a", source={"dataset": ["org/x", "org/both"]})
+SECOND = random_prior(license=None, base_model=None, source={"dataset": ["org/both", "org/y"]}, estimator={"name": "isotropic"})
+
+
+def edited_by_a_person(card: str) -> str:
+    """With a tag, a data set, a key and a text of their own."""
+    card = card.replace("- org/x\n", "- org/x\n- org/mine\n").replace("- swag\n", "- swag\n- mine\n")
+    return card.replace("library_name:", "# a comment\nlanguage: no\nlibrary_name:") + "\nMine.\n"
+
+
+def assert_only_the_second_is_described(card: str) -> None:
+    data, body = split_card(card)
+    assert data == card_metadata(SECOND.config) | {
+        "language": False,  # YAML 1.1's `no`
+        "datasets": ["org/mine", "org/both", "org/y"],
+        "tags": ["prior-hub", "prior", "bayesian", "transfer-learning", "mine", "isotropic"],
+    }
+    assert "# a comment\nlanguage: no\n" in card
+    assert body.endswith("\nMine.\n")
+    assert "Our Lab's Licence" not in card
+
+
+def test_the_metadata_of_a_prior_that_is_replaced_go_and_a_persons_stay():
+    card = edited_by_a_person(render_card(FIRST.config))
+    once = update_card(card, render_card(SECOND.config), previous=FIRST.config)
+    assert_only_the_second_is_described(once)
+    assert update_card(once, render_card(SECOND.config), previous=SECOND.config) == once
+    theirs = card.replace("license: other\nlicense_name: Our Lab's Licence\n", "license: mit\n")
+    found, _ = split_card(update_card(theirs, render_card(SECOND.config), previous=FIRST.config))
+    assert found["license"] == "mit", "a licence that a person wrote is not the prior's"
+    plain, _ = split_card(update_card(render_card(FIRST.config), render_card(config(source={})), previous=FIRST.config))
+    assert "datasets" not in plain
+
+
+def test_a_models_card_loses_the_estimators_tag_of_the_prior_that_is_replaced():
+    beside = update_card(MODEL_CARD, RENDERED)
+    found, _ = split_card(update_card(beside, render_card(SECOND.config), previous=PRIOR.config))
+    theirs, _ = split_card(MODEL_CARD)
+    assert found == theirs | {"tags": ["vision", "bayesian", "prior-hub", "prior", "transfer-learning", "isotropic"]}
+
+
 # ---------------------------------------------------------------------------------------------------------- folders and pushes
+def test_a_folder_that_gets_another_prior_does_not_go_on_describing_the_first(tmp_path):
+    FIRST.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(edited_by_a_person(path.read_text()))
+    SECOND.save_pretrained(tmp_path)
+    assert_only_the_second_is_described(path.read_text())
+
+
+def test_a_configuration_that_cannot_be_read_does_not_stop_a_save(tmp_path):
+    FIRST.save_pretrained(tmp_path)
+    (tmp_path / "prior_config.json").write_text("{")
+    SECOND.save_pretrained(tmp_path)
+    assert "base_model" in split_card((tmp_path / "README.md").read_text())[0], "nobody can tell whose it is"
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("subfolder", [None, "deeper"])
+def test_a_repository_that_gets_another_prior_does_not_go_on_describing_the_first(subfolder, tmp_path):
+    path = f"{subfolder}/README.md" if subfolder else "README.md"
+    for kind in ("object", "folder"):
+        repo = FIRST.push_to_hub(fresh_repo_id("card"), subfolder=subfolder).repo_id
+        text = read_card(Path(hf_hub_download(repo, path)))
+        HfApi().upload_file(path_or_fileobj=edited_by_a_person(text).encode(), path_in_repo=path, repo_id=repo)
+        if kind == "folder":
+            SECOND.save_pretrained(tmp_path)
+        push_prior_to_hub(tmp_path if kind == "folder" else SECOND, repo, subfolder=subfolder)
+        assert_only_the_second_is_described(read_card(Path(hf_hub_download(repo, path))))
+
+
 def test_saving_twice_keeps_a_persons_card(tmp_path):
     PRIOR.save_pretrained(tmp_path)
     path = tmp_path / "README.md"

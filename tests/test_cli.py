@@ -1,6 +1,8 @@
 """The command line: help that teaches, exit codes, JSON, and the real Hub client underneath."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_fixtures import fresh_repo_id
+from huggingface_hub import HfApi
 
 from prior_hub import PriorModel, __version__
 from prior_hub.cli import main
@@ -26,7 +29,10 @@ def folder(tmp_path):
     return tmp_path / "prior"
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "pull", "push", "check"])
+COMMANDS = ["demo", "info", "pull", "push", "check"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_that_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -116,6 +122,60 @@ def test_push_info_pull_and_check_over_the_hub(folder, tmp_path, hub, capsys):
     assert torch.equal(copy.deviations["conv.weight"], original.deviations["conv.weight"][:2])
     assert main(["check", repo, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["commit"] == pushed["commit_hash"]
+
+
+@pytest.mark.hub
+def test_pull_as_json_says_what_came_from_where_and_what_went_wrong(folder, tmp_path, hub, capsys):
+    repo = fresh_repo_id("cli")
+    commit = PriorModel.from_pretrained(folder).push_to_hub(repo, tag="v1.0").commit_hash
+    for options, output in (([], ""), (["--output", str(tmp_path / "copy")], str(tmp_path / "copy"))):
+        assert main(["pull", repo, "--revision", "v1.0", "--json", *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found == {"ok": True, "prior": repo, "commit": commit, "folder": output}
+    assert PriorModel.from_pretrained(tmp_path / "copy").rank == 3
+    assert main(["pull", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] is None
+    assert main(["pull", repo, "--revision", "v9", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["error"]) == (False, "PriorNotFoundError")
+
+
+@pytest.mark.hub
+def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, capsys, monkeypatch):
+    """The names stand for repositories of the reader's; the demo is replaced by one that notes its arguments."""
+    import prior_hub.demo
+
+    demos = []
+    monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
+    prior = PriorModel.from_pretrained(folder)
+    names = {name: fresh_repo_id(name.split("/")[1]) for name in ("org/resnet50-simclr-prior", "org/name", "me/my-prior")}
+    targets = []  # what each `push` publishes to, with something in it already
+    for name in names.values():
+        prior.push_to_hub(name, tag="v1.0")
+    monkeypatch.chdir(tmp_path)
+    prior.save_pretrained("my_prior")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    (first_step,) = re.findall(r"`prior-hub ([^`]+)`", capsys.readouterr().out)
+    assert main(shlex.split(first_step)) == 0
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = [x.strip() for x in capsys.readouterr().out.split("examples:\n")[1].splitlines() if x.strip()]
+        assert len(lines) >= 2
+        for line in lines:
+            assert line.startswith(f"prior-hub {command}")
+            words = [names.get(word, word) for word in shlex.split(line)[1:]]
+            if command == "push":
+                targets.append(
+                    PriorModel.from_tensors({"w": torch.zeros(2)}, {"w": torch.ones(2)}).push_to_hub(fresh_repo_id())
+                )
+                words[2] = targets[-1].repo_id
+            assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+    assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
+    assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
+    refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]
+    assert [(len(r.tags), len(r.pull_requests)) for r in refs] == [(0, 0), (1, 0), (0, 1)]
 
 
 @pytest.mark.hub

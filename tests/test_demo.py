@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import warnings
 from dataclasses import replace
 
@@ -19,12 +20,13 @@ from prior_hub.demo import ISOTROPIC, LEARNED, METHODS, PLAIN, run_demo
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(result, folder, standard output) of one quick run with two seeds, any warning an error."""
+    """(result, folder, standard output) of one quick run with two seeds, without bars; any warning is an error."""
     folder = tmp_path_factory.mktemp("demo")
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), warnings.catch_warnings():
+    text, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(errors), warnings.catch_warnings():
         warnings.simplefilter("error")
         result = run_demo(folder, seeds=2, quick=True, progress=False)
+    assert errors.getvalue() == ""
     return result, folder, text.getvalue()
 
 
@@ -34,6 +36,17 @@ def test_it_writes_a_prior_a_figure_and_the_numbers(run):
     assert sorted(p.name for p in (folder / "prior").iterdir()) == ["README.md", "prior.safetensors", "prior_config.json"]
     assert result.figure.read_bytes()[:4] == b"\x89PNG"
     assert (result.prior, result.results) == (folder / "prior", folder / "results.json")
+
+
+def test_progress_bars_are_on_standard_error_where_they_are_wanted(run, tmp_path):
+    _, _, without = run
+    text, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(errors):
+        run_demo(tmp_path, seeds=1, quick=True, progress=True)
+    for bar in ("source task", "settings", "reported runs"):
+        assert re.search(rf"{bar}: +[1-9]\d*%\|", errors.getvalue()), bar  # it moves
+    for printed in (without, text.getvalue()):
+        assert "%|" not in printed
 
 
 def test_the_prior_loads_back_and_fits_the_target_model(run):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_fixtures import fresh_repo_id
+from huggingface_hub import HfApi
 from PIL import Image
 
 from prior_hub import PriorModel
@@ -76,6 +78,32 @@ def test_cifar_resnet20_runs_on_local_folders_and_prints_the_table_of_its_number
         assert f"{row['accuracy']:.3f}" in line
         assert f"{row['nll']:.3f}" in line
     assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 3
+
+
+def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, tmp_path, monkeypatch):
+    if hub.xet:
+        pytest.skip("the loopback Hub of this folder serves data sets")
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cifar_resnet20 as example
+
+    parquet(tmp_path / "source", classes=10, column="other", rows=16)
+    name = HfApi().create_repo(fresh_repo_id("images"), repo_type="dataset").repo_id
+    HfApi().upload_folder(repo_id=name, folder_path=tmp_path / "source", repo_type="dataset")
+    hub.clear_log()
+    images = example.load(name, "train", limit=12, augment=False)
+    assert hub.requests(rf"/datasets/{name}/resolve/.*/data/train-.*\.parquet$")
+    local = example.load(str(tmp_path / "source"), "train", limit=12, augment=False)
+    assert torch.equal(images.pixels, local.pixels)
+    assert images.labels.tolist() == local.labels.tolist() == [*range(10), 0, 1]
+    torch.manual_seed(0)
+    save_file(example.ResNet20(10).state_dict(), tmp_path / "weights.safetensors")
+    for source, recorded in ((name, name), (str(tmp_path / "source"), "source")):
+        files = ["--weights", str(tmp_path / "weights.safetensors"), "--output", str(tmp_path / "out")]
+        options = example.parse([*files, "--source", source, "--quick"])
+        assert example.learn_prior(options, images).config.source["dataset"] == recorded
 
 
 @pytest.mark.parametrize("script", ["cifar_resnet20.py"])

@@ -15,18 +15,25 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
-from prior_hub import PriorMatchError, match_parameters
+from prior_hub import PriorMatchError, PriorWarning, isotropic_prior, match_parameters
 from prior_hub.priors.matching import (
     canonical_parameters,
     head_parameter_names,
@@ -156,6 +163,122 @@ def test_another_architecture_is_an_error_that_shows_both_kinds_of_names(case):
         match_parameters(prior, target, head_parameters=head)
     expected = "pass name_map" if case.startswith("timm") else "another architecture"
     assert expected in str(caught.value)
+
+
+def model_type(model):
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
+def matched(source, target, **options):
+    """Match the prior of one model to another, the way `PriorModel.match` does."""
+    prior, head = shapes(source)
+    return match_parameters(prior, target, head_parameters=head, model_type=model_type(source), **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "count", "example"),
+    [
+        ("resnet50", "resnet101", 153, "'layer3.6.conv1.weight' like 'layer3.1.conv1.weight'"),
+        ("resnet18", "resnet34", 48, "'layer1.2.conv1.weight' like 'layer1.0.conv1.weight'"),
+        (2, 4, 32, "'encoder.layer.2.attention.self.query.weight' like 'encoder.layer.0.attention.self.query.weight'"),
+    ],
+)
+def test_a_prior_for_a_shallower_model_of_the_family_binds_with_a_warning_that_counts(source, target, count, example):
+    def build(size):
+        if isinstance(size, str):
+            return meta(lambda: timm.create_model(size))
+        return meta(lambda: BertModel(BertConfig(**(BERT | {"num_hidden_layers": size}))))
+
+    with pytest.warns(PriorWarning, match=rf"^{count} of the model's \d+ parameters have no place.*smaller model") as caught:
+        match = matched(build(source), build(target))
+    assert len(caught) == 1
+    assert example in str(caught[0].message)
+    assert f"warning: {count} of the model's" in match.report()
+    assert matched(build(source), build(source)).remarks == ()
+
+
+def test_a_prior_of_another_type_of_model_binds_with_a_warning_that_names_both():
+    roberta = meta(lambda: RobertaForSequenceClassification(RobertaConfig(**BERT)))
+    for source in (BertModel, BertForSequenceClassification):  # names with a prefix and without
+        prior = isotropic_prior(source(BertConfig(**BERT)))
+        with pytest.warns(PriorWarning, match="the prior is of a model of type 'bert', this one is 'roberta'"):
+            match = prior.match(roberta)
+        assert "warning: the prior is of a model of type 'bert'" in match.report()
+
+
+def small(kind, **more):
+    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return kind(**common, **more)
+
+
+def clip():
+    image = {"image_size": 32, "patch_size": 8}
+    text = small(dict)
+    return meta(lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=text | image)))
+
+
+def upernet():
+    backbone = ResNetConfig(**RESNET, out_features=["stage1", "stage2"])
+    config = UperNetConfig(backbone_config=backbone, hidden_size=8, pool_scales=[1], auxiliary_in_channels=16)
+    return meta(lambda: UperNetForSemanticSegmentation(config))
+
+
+def wrapped_resnet50():
+    return meta(lambda: TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet50", num_labels=7)))
+
+
+SMALL_VIT = {"image_size": 32, "patch_size": 8}
+LEGITIMATE = {
+    "another head": (
+        lambda: meta(lambda: ResNetForImageClassification(ResNetConfig(**RESNET, num_labels=3))),
+        lambda: meta(lambda: ResNetForImageClassification(ResNetConfig(**RESNET, num_labels=9))),
+    ),
+    "timm ResNet into TimmWrapper": (lambda: meta(lambda: timm.create_model("resnet50")), wrapped_resnet50),
+    "TimmWrapper into timm ResNet": (wrapped_resnet50, lambda: meta(lambda: timm.create_model("resnet50"))),
+    "ResNet into UperNet's backbone": (lambda: meta(lambda: ResNetModel(ResNetConfig(**RESNET))), upernet),
+    "UperNet's backbone into ResNet": (upernet, lambda: meta(lambda: ResNetModel(ResNetConfig(**RESNET)))),
+    "ViT into a classifier": (
+        lambda: meta(lambda: ViTModel(small(ViTConfig, **SMALL_VIT))),
+        lambda: meta(lambda: ViTForImageClassification(small(ViTConfig, **SMALL_VIT))),
+    ),
+    "Bert into LoRA": (
+        lambda: meta(lambda: BertModel(BertConfig(**BERT))),
+        lambda: get_peft_model(BertForSequenceClassification(BertConfig(**BERT)), LoraConfig(target_modules=["query"], r=2)),
+    ),
+    "CLIP's image half into CLIP": (
+        lambda: meta(lambda: CLIPVisionModel(small(CLIPVisionConfig, image_size=32, patch_size=8))),
+        clip,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEGITIMATE)
+def test_the_same_network_elsewhere_is_no_other_architecture(case):
+    source, target = (build() for build in LEGITIMATE[case])
+    match = matched(source, target)  # any warning is an error
+    assert (match.remarks, "warning" in match.report()) == ((), False)
+    assert match.pairs
+
+
+def test_copies_heads_frozen_parts_and_what_the_user_left_out_are_no_deeper_model():
+    def layers(count):
+        return nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
+
+    prior, head = {"0.weight": (3, 3), "0.bias": (3,)}, ["1.weight", "1.bias"]
+    assert match_parameters(prior, layers(2), head_parameters=head).remarks == ()  # the head the prior records
+    with pytest.warns(PriorWarning, match=r"^2 of the model's 6 parameters .*'2.weight' like '0.weight', '2.bias'"):
+        assert match_parameters(prior, layers(3), head_parameters=head).remarks
+    deep_head = nn.ModuleDict({"classifier": layers(2)})  # the second layer of a head by its usual name
+    assert match_parameters({"classifier.0.weight": (3, 3), "classifier.0.bias": (3,)}, deep_head).remarks == ()
+    ensemble = nn.ModuleList([layers(1), layers(1)])
+    assert match_parameters(prior, ensemble, name_map={"^": "0."}).remarks == ()
+    frozen = layers(3)
+    frozen[2].requires_grad_(False)
+    assert match_parameters(prior, frozen, head_parameters=head).remarks == ()
+    both = {f"{i}.{name}": shape for i in (0, 1) for name, shape in (("weight", (3, 3)), ("bias", (3,)))}
+    assert match_parameters(both, layers(2), name_map=lambda name: name if name[0] == "0" else None).remarks == ()
+    with pytest.warns(PriorWarning, match="^2 of the model's 4 parameters"):
+        match_parameters(prior, layers(2), name_map={"^": ""})
 
 
 def test_a_same_named_same_shaped_head_for_other_classes_does_not_bind():

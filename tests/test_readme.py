@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prior_hub import PriorModel, isotropic_prior
-from prior_hub.cli import main
+from prior_hub.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,6 +57,13 @@ def test_every_other_command_is_run_by_ci():
     ci = (ROOT / ".ci" / "run").read_text()
     for line in "\n".join(blocks("sh")).splitlines():
         assert line.startswith("prior-hub ") or f"\n{line}\n" in ci, f"{line!r} is run by nobody"
+
+
+def test_every_command_in_the_text_is_one_that_is_understood():
+    commands = re.findall(r"`(prior-hub [^`]+)`", README)
+    assert "prior-hub demo --seeds 15" in commands
+    for command in [*commands, *(x for x in "\n".join(blocks("sh")).splitlines() if x.startswith("prior-hub "))]:
+        assert callable(_parser().parse_args(shlex.split(command)[1:]).run), command  # any error exits
 
 
 def test_the_fifteen_lines_are_the_example():

@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_
 from priors_for_tests import assert_same, differences, random_prior
 
 import prior_hub
+from prior_hub.cli import main
 from prior_hub.errors import (
     PriorAccessError,
     PriorConnectionError,
@@ -423,6 +424,28 @@ def test_without_a_connection_a_cached_prior_loads_and_another_says_why_not(repo
         load("alice/other", cache)
     with refusal(PriorConnectionError, "alice/other"):
         random_prior().push_to_hub("alice/other")
+
+
+@pytest.mark.parametrize("kind", ["object", "folder", "pull request", "branch", "subfolder", "command"])
+def test_private_onto_a_public_repository_is_refused_before_anything_is_uploaded(repo, tmp_path, hub, kind, capsys):
+    secret = random_prior(seed=7)
+    secret.save_pretrained(tmp_path)
+    options = {"pull request": {"create_pr": True}, "branch": {"revision": "new"}, "subfolder": {"subfolder": "x"}}.get(
+        kind, {}
+    )
+    before = alice.list_repo_refs(repo, include_pull_requests=True)
+    hub.clear_log()
+    if kind == "command":
+        assert main(["push", str(tmp_path), repo, "--private"]) == 1
+        assert f"{repo} exists already and is public: nothing was pushed" in capsys.readouterr().err
+    else:
+        with refusal(PriorHubError, repo, "public", "nothing was pushed", "update_repo_settings"):
+            push_prior_to_hub(tmp_path if kind == "folder" else secret, repo, private=True, **options)
+    assert {r["method"] for r in hub.requests() if "/repos/create" not in r["target"]} == {"GET"}
+    assert alice.list_repo_refs(repo, include_pull_requests=True) == before
+    alice.update_repo_settings(repo, private=True)  # what the message says
+    assert secret.push_to_hub(repo, private=True, **options).repo_id == repo
+    assert alice.model_info(repo).private
 
 
 # ---------------------------------------------------------------------------------------------------------- access

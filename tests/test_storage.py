@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -637,6 +639,54 @@ def test_links_to_nothing_in_a_circle_or_to_a_folder_are_missing_files(folder, t
 
 
 # ---------------------------------------------------------------------------------------------------------- refusing to write
+@contextlib.contextmanager
+def a_system_that(monkeypatch, *, opens_folders: bool, folders_sync: int | None = None):
+    """os.open and os.fsync as on Windows: no folder can be opened, and only what is open for writing can be flushed."""
+    fcntl = pytest.importorskip("fcntl")
+    real_open, real_sync = os.open, os.fsync
+
+    def opened(path, *args, **kwargs):
+        if not opens_folders and Path(path).is_dir() and not kwargs:  # shutil's own, with dir_fd, is not made there
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *args, **kwargs)
+
+    def synced(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            if folders_sync is not None:
+                raise OSError(folders_sync, os.strerror(folders_sync))
+        elif fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real_sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "open", opened)
+        patch.setattr(storage.os, "fsync", synced)
+        patch.setattr(storage, "_fcntl", None)
+        yield patch
+
+
+def test_a_prior_is_saved_on_windows(tmp_path, monkeypatch):
+    with a_system_that(monkeypatch, opens_folders=False) as patch:
+        patch.setattr(storage, "_WINDOWS", True)
+        for seed in (0, 1):  # a new folder, and one with a prior in it
+            random_prior(seed).save_pretrained(tmp_path, max_shard_size=SHARD)
+    assert_same(PriorModel.from_pretrained(tmp_path), random_prior(1))
+
+
+def test_elsewhere_a_folder_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
+    with a_system_that(monkeypatch, opens_folders=False), pytest.raises(PermissionError):
+        random_prior().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_sync_folders_is_no_error_and_a_broken_disk_is(tmp_path, monkeypatch, number):
+    random_prior(0).save_pretrained(tmp_path)
+    broken = pytest.raises(OSError, match=os.strerror(number)) if number == errno.EIO else contextlib.nullcontext()
+    with a_system_that(monkeypatch, opens_folders=True, folders_sync=number), broken:
+        random_prior(1).save_pretrained(tmp_path)
+    assert_same(PriorModel.from_pretrained(tmp_path), random_prior(0 if number == errno.EIO else 1))
+
+
 def test_nothing_is_written_when_a_value_is_not_finite(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     prior = random_prior(seed=1)

@@ -385,19 +385,46 @@ def test_a_path_of_this_machine_is_not_recorded_as_the_base_model(tmp_path):
     assert (prior.config.base_model, prior.config.model_type) == ("org/bert", "bert")
 
 
-def test_initialize_brings_the_bodys_statistics_under_a_name_map_and_never_the_heads():
-    class WithNormedHead(nn.Module):
-        def __init__(self, classes):
-            super().__init__()
-            self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-            self.head = nn.Sequential(nn.Linear(4, classes), nn.BatchNorm1d(classes))
+class WithNormedHead(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.head = nn.Sequential(nn.Linear(4, classes), nn.BatchNorm1d(classes))
 
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+BODY_STATISTICS = {f"body.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+def test_recomputed_statistics_of_the_head_are_not_in_the_prior():
+    model, estimator = WithNormedHead(3), SwagEstimator(2)
+    for _ in walk(model, 3):
+        estimator.update(model)
+    batches = [torch.randn(8, 3, generator=torch.Generator().manual_seed(0))]
+    found = recompute_batch_norm(model, batches, parameters=estimator.mean(), progress=False)
+    assert "head.1.running_mean" in found
+    for buffers in (found, None):
+        assert set(estimator.prior(buffers=buffers).buffers) == BODY_STATISTICS
+    only_the_heads = {name: tensor for name, tensor in found.items() if name.startswith("head.")}
+    prior = estimator.prior(buffers=only_the_heads)
+    assert (prior.buffers, prior.config.estimator["batch_norm"]) == ({}, "none")
+
+
+def test_initialize_brings_the_bodys_statistics_under_a_name_map_and_never_the_heads():
     source = WithNormedHead(3)
     with torch.no_grad():
         source.body[1].running_mean.fill_(7.0)
         source.head[1].running_mean.fill_(9.0)
     prior = isotropic_prior(source)
-    assert set(prior.buffers) == {f"body.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(prior.buffers) == BODY_STATISTICS
+    everything = dict(source.named_buffers())  # a prior that another program wrote may hold the head's too
+    config = prior.config.replace(buffers=tuple(everything))
+    holds_the_heads, same = PriorModel(prior.gaussian, config, everything), WithNormedHead(3)
+    holds_the_heads.initialize(same)
+    assert same.body[1].running_mean.tolist() == [7.0] * 4
+    assert same.head[1].running_mean.tolist() == [0.0] * 3
     same = WithNormedHead(3)
     prior.initialize(same)
     assert same.body[1].running_mean.tolist() == [7.0] * 4

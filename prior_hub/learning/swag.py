@@ -155,8 +155,8 @@ class SwagEstimator:
             scale: stored scale.
             eps: stored eps.
             deviations_dtype: storage type of the deviations; torch.bfloat16 halves the file.
-            buffers: BatchNorm statistics to store, as `recompute_batch_norm` returns them; those of the last snapshot
-                when None.
+            buffers: BatchNorm statistics to store, as `recompute_batch_norm` returns them (the head's are left out); those
+                of the last snapshot when None.
             base_model: Hub name of the model; read from the model's own config when None.
             base_model_revision: its commit.
             objective: what the source task optimised ("supervised classification", "SimCLR").
@@ -189,20 +189,21 @@ class SwagEstimator:
                 centred = self._ring[name][newest_first] - centre
                 deviations[name] = self._gathered(name, centred, leading=1).to(deviations_dtype or self.dtype)
         facts = self._facts
+        stored = self._buffers if buffers is None else buffers
+        body = without_head(stored, facts["head_parameters"], mean)
         own = {
             "name": "swag",
             "rank": self.rank,
             "snapshots": self.num_snapshots,
             "variance_entries_at_floor": floored,
-            "batch_norm": _batch_norm_note(buffers, self._buffers),
+            "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
         }
         recorded = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
-        stored = self._buffers if buffers is None else buffers
         return PriorModel.from_tensors(
             mean,
             variance,
             deviations,
-            buffers={name: tensor.detach().cpu().clone() for name, tensor in stored.items()},
+            buffers={name: stored[name].detach().cpu().clone() for name in body},
             scale=scale,
             eps=eps,
             variance_floor=self.variance_floor,
@@ -361,7 +362,7 @@ def _listed(dataset: str | Sequence[str] | None) -> str | list[str] | None:
     return dataset if dataset is None or isinstance(dataset, str) else list(dataset)
 
 
-def _batch_norm_note(given: Mapping[str, Tensor] | None, last: Mapping[str, Tensor]) -> str:
-    if given is not None:
-        return "recomputed at the mean" if given else "none"
-    return "last snapshot" if last else "none"
+def _batch_norm_note(stored: Sequence[str], *, recomputed: bool) -> str:
+    if not stored:
+        return "none"
+    return "recomputed at the mean" if recomputed else "last snapshot"

@@ -4,21 +4,23 @@ A prior knows parameters by the names of its source model; the model to fine-tun
 prefix (`resnet.`, `timm_model.`, `backbone.`), inside wrappers (DDP, torch.compile, FSDP, PEFT), with some parameters
 missing, frozen, new, or of another shape. Matching strips the wrappers, infers one (strip, add) prefix by votes weighted
 with the number of values over pairs of the same suffix and shape, and says what it did in a report a person can read.
-Everything that would bind by luck is an error that says what to pass.
+Everything that would bind by luck is an error that says what to pass; what binds, but looks like the prior of another model, is
+a warning.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from prior_hub.errors import PriorMatchError
+from prior_hub.errors import PriorMatchError, PriorWarning
 
 __all__ = [
     "Match",
@@ -42,6 +44,9 @@ _HEAD_NAMES = (
     *("qa_outputs", "cls", "predictions", "decode_head", "class_predictor", "bbox_predictor", "mask_head"),
 )
 _INNER_HEAD_NAMES = ("class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head", "class_labels_classifier")
+_NUMBER = re.compile(r"\d+")
+_MODEL_TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]*")  # transformers'
+_PART = re.compile(r"(backbone|encoder|decoder|_model|_tower)\.")  # a part that is a whole model elsewhere
 _CANDIDATES = 64  # proposals that are scored
 _MOST_PAIRS = 50_000  # pairs of names that propose
 _AMBIGUOUS = 0.9  # a second prefix that explains this share of what the best one explains makes the choice a guess
@@ -262,6 +267,7 @@ class Match:
         frozen: model names under the prior that are not trained; the prior is conditioned on them.
         new: model names the prior does not know.
         new_frozen: those of them that are not trained.
+        remarks: why this may be the prior of another model; given as warnings too.
     """
 
     pairs: Mapping[str, str]
@@ -275,6 +281,7 @@ class Match:
     new_frozen: tuple[str, ...] = ()
     covered_values: int = 0
     model_values: int = 0
+    remarks: tuple[str, ...] = ()
     name_map: NameMap | None = field(default=None, compare=False)
 
     def rename(self, name: str) -> str | None:
@@ -301,6 +308,7 @@ class Match:
             if names:
                 shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
                 lines.append(f"{what}: {shown}")
+        lines += [f"warning: {remark.rstrip('.')}" for remark in self.remarks]
         return "; ".join(lines)
 
     def __str__(self) -> str:
@@ -313,14 +321,30 @@ def match_parameters(
     *,
     head_parameters: Sequence[str] = (),
     tied_parameters: Mapping[str, str] | None = None,
+    model_type: str | None = None,
     name_map: NameMap | None = None,
     include_head: bool = False,
     on_mismatch: str = "error",
     min_coverage: float = 0.5,
 ) -> Match:
-    """Match a prior's names to a model; see `match_names` for the arguments and errors."""
+    """Match a prior's names to a model; see `match_names` for the other arguments and errors.
+
+    Warns (`PriorWarning`, and in the report) where the names fit and the architecture seems to be another: a deeper model of
+    the same family, whose further layers look like those under the prior, or another type of model.
+
+    Args:
+        prior: name -> shape in the prior.
+        model: any model; its weights are not read.
+        head_parameters: as `match_names`.
+        tied_parameters: as `match_names`.
+        model_type: type of the source model as the prior records it.
+        name_map: as `match_names`.
+        include_head: as `match_names`.
+        on_mismatch: as `match_names`.
+        min_coverage: as `match_names`.
+    """
     parameters = canonical_parameters(model)
-    return match_names(
+    match = match_names(
         prior,
         {name: tuple(p.shape) for name, p in parameters.items()},
         frozen=[name for name, p in parameters.items() if not p.requires_grad],
@@ -332,6 +356,80 @@ def match_parameters(
         on_mismatch=on_mismatch,
         min_coverage=min_coverage,
     )
+    remarks = [*_siblings(match, model, parameters, head_parameters), *_other_type(match, model, model_type)]
+    for remark in remarks:
+        warnings.warn(remark, PriorWarning, stacklevel=2)
+    return replace(match, remarks=tuple(remarks))
+
+
+def _siblings(match: Match, model: nn.Module, parameters: Mapping[str, Tensor], head: Iterable[str]) -> list[str]:
+    """Remark on trained parameters without a prior that one number in the name, not the shape, tells from bound ones.
+
+    A ResNet-101 has every name and shape of a ResNet-50, and so its prior binds. Left aside are heads, what the user left out
+    with a `name_map` or dropped, and copies of the whole network (numbers before the part of the name that is the prior's).
+    """
+    if match.name_map is not None and match.marginalised:
+        return []
+    bound: dict[tuple[str, str, tuple[int, ...]], str] = {}
+    for name, target in match.pairs.items():
+        _, add = _prefixes(name, target)
+        for pattern in _patterns(target.removeprefix(add)):
+            bound.setdefault((add, pattern, tuple(parameters[target].shape)), target)
+    prefixes = sorted({add for add, _, _ in bound})
+    aside = {*match.new_frozen, *match.dropped.values(), *(match.rename(name) for name in head)}
+    found: dict[str, str] = {}
+    for name in match.new:
+        shape = tuple(parameters[name].shape)
+        keys = [(p, pattern, shape) for p in prefixes if name.startswith(p) for pattern in _patterns(name.removeprefix(p))]
+        like = next((bound[key] for key in keys if key in bound), None)
+        if like is not None and name not in aside:
+            found[name] = like
+    if found:
+        try:
+            own_head = set(head_parameter_names(model))
+        except PriorMatchError:  # it cannot be told; the recorded one is left aside all the same
+            own_head = set()
+        found = {name: like for name, like in found.items() if name not in own_head}
+    if not found:
+        return []
+    shown = ", ".join(f"{name!r} like {like!r}" for name, like in list(found.items())[:2])
+    return [
+        f"{len(found)} of the model's {len(parameters)} parameters have no place in the prior, and look like some that have "
+        f"({shown}{', ...' if len(found) > 2 else ''}): this is probably the prior of a smaller model of the same family, "
+        "whose mean means nothing in this one (or it was learned with a part of the model frozen). Use a prior learned with "
+        "this architecture."
+    ]
+
+
+def _patterns(name: str) -> list[str]:
+    """The name with one of its numbers left open, for each of them."""
+    return [f"{name[: number.start()]}#{name[number.end() :]}" for number in _NUMBER.finditer(name)]
+
+
+def _other_type(match: Match, model: nn.Module, source: str | None) -> list[str]:
+    """Remark on a transformers model of another type than the source model.
+
+    Types are as in `config.model_type`; a class name, which a prior records of other models, begins with a capital letter and
+    is not compared. Any part of the model may be of the source's type (a backbone), the prior may be of such a part itself, and
+    types of one family begin alike (clip, clip_vision_model).
+    """
+    if not source or not _MODEL_TYPE.fullmatch(source) or _PART.search(match.strip):
+        return []
+    types = _model_types(model)
+    if not types or any(a == b or a.startswith((f"{b}_", f"{b}-")) for t in types for a, b in ((t, source), (source, t))):
+        return []
+    return [
+        f"the prior is of a model of type {source!r}, this one is {' with '.join(map(repr, types))}: names and shapes fit, the "
+        "weights may mean something else. Use a prior learned with this architecture."
+    ]
+
+
+def _model_types(model: nn.Module) -> list[str]:
+    """Types of the transformers models in a model, its own first."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    inner = [value for config in configs for value in getattr(config, "__dict__", {}).values()]  # backbone_config and the like
+    found = [getattr(config, "model_type", None) for config in [*configs, *inner]]
+    return list(dict.fromkeys(t for t in found if isinstance(t, str) and _MODEL_TYPE.fullmatch(t)))
 
 
 def match_names(

@@ -54,6 +54,8 @@ try:
 except ImportError:  # Windows has no flock: two processes saving into one folder at a time are not told apart there
     _fcntl = None
 
+_WINDOWS = os.name == "nt"
+
 __all__ = [
     "CARD_NAME",
     "INDEX_NAME",
@@ -291,9 +293,22 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Bring a file, or the names in a folder, onto the disk; folders where the system can."""
+    if not path.is_dir():
+        with path.open("r+b") as file:  # Windows flushes what is open for writing only
+            os.fsync(file.fileno())
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if _WINDOWS:  # which opens no folder
+            return
+        raise
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know it for files only
+            raise
     finally:
         os.close(handle)
 

@@ -1,7 +1,8 @@
 """The model card of a prior, rendered from its configuration.
 
 The rendered part stands between two comments; a person's own text before and after them survives every rendering, and so
-does every metadata key that is not rendered here, comments and all.
+does every metadata key that is not rendered here, comments and all. What was rendered from the configuration of a prior that is
+replaced goes with it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,14 @@ def render_card(
     return _join(card_metadata(config), body + "\n")
 
 
-def update_card(existing: str | None, rendered: str, *, repo_id: str | None = None, subfolder: str | None = None) -> str:
+def update_card(
+    existing: str | None,
+    rendered: str,
+    *,
+    previous: PriorConfig | None = None,
+    repo_id: str | None = None,
+    subfolder: str | None = None,
+) -> str:
     """Put a rendered card into an existing one, keeping what a person wrote.
 
     A card whose `library_name` is prior-hub, or that has no text yet, gets the prior's metadata. Any other is the card of
@@ -92,6 +100,8 @@ def update_card(existing: str | None, rendered: str, *, repo_id: str | None = No
         existing: the card that is there, or None.
         rendered: a text made by `render_card`, possibly edited around its rendered part; what was written there and is
             not in `existing` is kept too.
+        previous: configuration of the prior that is replaced: the metadata rendered from it are not a person's, and go
+            (its licence, its base model, its data sets, its estimator's tag) unless they are true of the new one too.
         repo_id: the name the how-to-use block loads.
         subfolder: added to that block.
     """
@@ -103,12 +113,20 @@ def update_card(existing: str | None, rendered: str, *, repo_id: str | None = No
     existing, rendered = (text.replace("\r\n", "\n").removeprefix("\ufeff") for text in (existing, rendered))
     new_data, new_body = split_card(rendered)
     old_data, old_body = split_card(existing)
-    both = {key: [*_as_list(old_data.get(key)), *_as_list(new_data.get(key))] for key in ("tags", "datasets")}
-    union = {key: _once(values) for key, values in both.items() if values}
-    if old_data.get("library_name") == _LIBRARY_NAME or not old_body.strip():
-        merged = old_data | new_data | union
-    else:
-        merged = old_data | {key: value for key, value in union.items() if key == "tags"}
+    outdated = card_metadata(previous) if previous is not None else {}
+    ours = old_data.get("library_name") == _LIBRARY_NAME or not old_body.strip()
+    merged = dict(old_data)
+    if ours:
+        left = {key for key, value in outdated.items() if key not in new_data and old_data.get(key) == value}
+        merged = {key: value for key, value in old_data.items() if key not in left} | new_data
+    for key in ("tags", "datasets") if ours else ("tags",):
+        gone = [value for value in _as_list(outdated.get(key)) if value not in _as_list(new_data.get(key))]
+        kept = [value for value in _as_list(old_data.get(key)) if value not in gone]
+        values = _once([*kept, *_as_list(new_data.get(key))])
+        if values:
+            merged[key] = values
+        elif gone:
+            merged.pop(key, None)
     text = _METADATA.match(existing)
     metadata = _edited(text[1] if text else "", old_data, merged)
     body = _merged_body(old_body.lstrip("\n"), new_body)
@@ -141,11 +159,11 @@ def _edited(block: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     Writing all of it would lose comments, and what YAML 1.1 takes for something else (`language: no` is False to it).
     """
     text = block.rstrip("\n") + "\n" if block.strip() else ""
-    for key, value in new.items():
-        if key in old and old[key] == value:
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key in old and key in new and old[key] == new[key]:
             continue
-        lines = rf"^(['\"]?){re.escape(key)}\1[ \t]*:.*\n(?:[ \t]+\S.*\n|-(?:[ \t].*)?\n)*"
-        found, entry = re.search(lines, text, re.MULTILINE), _dumped({key: value})
+        lines = rf"^(['\"]?){re.escape(str(key))}\1[ \t]*:.*\n(?:[ \t]+\S.*\n|-(?:[ \t].*)?\n)*"
+        found, entry = re.search(lines, text, re.MULTILINE), _dumped({key: new[key]}) if key in new else ""
         start, stop = found.span() if found else (len(text), len(text))
         text = text[:start] + entry + text[stop:]
     try:

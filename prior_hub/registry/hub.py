@@ -203,7 +203,7 @@ def upload_prior(
         PriorAccessError: the token may not write there.
         PriorConnectionError: the Hub cannot be reached or fails; says whether anything landed.
         PriorFormatError: a weight file is not the one the configuration describes, or the card is not valid.
-        PriorHubError: somebody else pushed meanwhile, or the tag exists.
+        PriorHubError: somebody else pushed meanwhile, or the tag exists, or the repository is public and `private` was asked.
         ValueError: `tag` together with `create_pr`.
     """
     if tag and create_pr:
@@ -213,6 +213,11 @@ def upload_prior(
     api = _api(token)
     with _explained(repo_id, revision, subfolder):
         name: str = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id
+        if private and not api.model_info(name).private:
+            raise PriorHubError(
+                f"{name} exists already and is public: nothing was pushed. Make it private first, on its page under Settings "
+                f"or with huggingface_hub.HfApi().update_repo_settings({name!r}, private=True), or push to a new name."
+            )
         branch = revision or "main"
         if tag and any(ref.name == tag for ref in api.list_repo_refs(name).tags):
             raise PriorHubError(f"{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it.")
@@ -318,10 +323,15 @@ def _contents(
     """What to upload: paths, and for the card the text that joins it with the one already there."""
     path = _join(subfolder, CARD_NAME)
     local = read_card(files[path]) if path in files else render_card(config)
-    there = None
+    there = previous = None
     if path in remote:
         there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
-    return files | {path: update_card(there, local, repo_id=repo_id, subfolder=subfolder).encode()}
+        config_path = _join(subfolder, CONFIG_NAME)
+        if config_path in remote:
+            with contextlib.suppress(PriorFormatError):  # what cannot be read is replaced all the same
+                data = read_bounded(Path(api.hf_hub_download(repo_id, config_path, revision=head)))
+                previous = PriorConfig.from_json(data, where=f"{config_path} of {repo_id}")
+    return files | {path: update_card(there, local, previous=previous, repo_id=repo_id, subfolder=subfolder).encode()}
 
 
 def _stale(remote: set[str], files: dict[str, Path], subfolder: str | None) -> set[str]:
