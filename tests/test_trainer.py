@@ -776,6 +776,46 @@ def test_prior_initialize_decides_where_training_starts(tmp_path, initialize):
         assert torch.equal(tensor, known[name] if initialize and name in known else start[name]), name
 
 
+@pytest.mark.parametrize("from_model_init", [False, True])
+def test_a_trainer_that_only_evaluates_keeps_the_models_weights_and_says_so(tmp_path, monkeypatch, from_model_init):
+    from prior_hub.finetuning import trainer as module
+
+    said: list[str] = []
+    monkeypatch.setattr(module.logger, "info", said.append)
+    finetuned, data = tiny_resnet(seed=9), image_data(8)
+    given = {"model_init": lambda: finetuned} if from_model_init else {"model": finetuned}
+    before = {n: t.clone() for n, t in finetuned.state_dict().items()}
+    prior = isotropic_prior(tiny_resnet(), variance=0.1)
+    evaluating = PriorTrainer(**given, prior=prior, args=quiet_arguments(tmp_path), eval_dataset=data)
+    evaluating.evaluate()
+    evaluating.predict(data)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in finetuned.state_dict().items())
+    assert any("no train_dataset, so the model keeps its own weights" in line for line in said)
+    said.clear()
+    PriorTrainer(**given, prior=prior, args=quiet_arguments(tmp_path), train_dataset=data)
+    assert all(torch.equal(finetuned.get_parameter(n), mean) for n, mean in prior.mean.items())  # with one it trains
+    assert not any("keeps its own weights" in line for line in said)
+
+
+@pytest.mark.parametrize("refused", ["no N", "all frozen", "optimizer", "head variance"])
+def test_a_refused_setup_leaves_the_model_as_it_came(tmp_path, refused):
+    model, data, settings = tiny_vit(), image_data(4), {}
+    prior = random_prior(model)
+    if refused == "no N":
+        data, settings = Stream(data), {"max_steps": 1}
+    elif refused == "all frozen":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("classifier"))
+    elif refused == "optimizer":
+        settings = {"optim": "lomo"}
+    else:
+        settings = {"prior_head_variance": -1.0}
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises((ValueError, PriorMatchError)):
+        PriorTrainer(model=model, prior=prior, args=quiet_arguments(tmp_path, **settings), train_dataset=data)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
 def test_model_init_starts_every_run_from_the_mean(tmp_path):
     prior = random_prior(tiny_vit())
     starts = []

@@ -54,6 +54,10 @@ class PriorTrainerMixin(_TrainerBase):
     Settings are read from `args` (`PriorTrainingArguments`, or any class with `PriorArgumentsMixin`); with plain
     `TrainingArguments` the defaults hold. Without a prior it is the Trainer it is mixed into, to the last bit.
 
+    With `prior_initialize`, the default, making the trainer sets the model to the prior's mean: where it is refused, or has no
+    `train_dataset` (it only evaluates or predicts), the model keeps its weights. To go on from a model that is fine-tuned
+    already pass `prior_initialize=False`.
+
     Args:
         prior: a Hub name, a folder, or a `PriorModel`; `args.prior` when None.
         prior_name_map: rules from the prior's names to the model's, as in `match_names`.
@@ -78,6 +82,7 @@ class PriorTrainerMixin(_TrainerBase):
         settings = kwargs.get("args", args[1] if len(args) > 1 else None)
         chosen = getattr(settings, "prior", None) if prior is None else prior
         self.args: Any = settings
+        self.train_dataset: Any = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)  # asked by call_model_init
         self._prior_name_map = prior_name_map
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
@@ -92,10 +97,10 @@ class PriorTrainerMixin(_TrainerBase):
         if self.prior is None:
             return
         self._refuse_impossible_setups()
-        if self.model_init is None and self._prior_settings["prior_initialize"]:
+        penalty = self._bind()  # first: what is refused leaves the model as it came
+        if self.model_init is None and self._starts_at_the_mean():
             reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
             self.prior.initialize(self.model, **self._matching())
-        penalty = self._bind()
         logger.info(f"Prior: {penalty.report()}")
         self.add_callback(_BindPrior(self))
 
@@ -115,6 +120,15 @@ class PriorTrainerMixin(_TrainerBase):
             subfolder=self._prior_settings["prior_subfolder"],
             token=token,
         )
+
+    def _starts_at_the_mean(self) -> bool:
+        """Whether a model is to be set to the prior's mean; not for a trainer that only evaluates or predicts."""
+        if not self._prior_settings["prior_initialize"]:
+            return False
+        if self.train_dataset is None:
+            logger.info("Prior: no train_dataset, so the model keeps its own weights (prior_initialize has no effect).")
+            return False
+        return True
 
     def _matching(self) -> dict[str, Any]:
         return {
@@ -166,7 +180,7 @@ class PriorTrainerMixin(_TrainerBase):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer; a fresh model starts from the prior's mean."""
         model: nn.Module = super().call_model_init(trial)
-        if self.prior is not None and self._prior_settings["prior_initialize"]:
+        if self.prior is not None and self._starts_at_the_mean():
             self.prior.initialize(model, **self._matching())
         return model
 
