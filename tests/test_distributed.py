@@ -227,6 +227,7 @@ def test_swag_state_of_a_sharded_model_is_saved_by_every_rank_and_resumed(ranks,
             assert before.keys() == after.keys()
             for key, tensor in before.items():
                 assert torch.equal(tensor, after[key]), key
+        assert f"{wanted[facts[resumed]['rank']]} is the state of another run" in facts[resumed]["refused"]
 
 
 def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):

@@ -152,7 +152,22 @@ def saved_and_resumed(name: str, trainer: PriorTrainer, swag: SwagCallback, fold
     trainer.evaluate()
     resumed = SwagCallback(rank=3, start=1, every_n_steps=1, batch_norm="last")
     resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    return {"tensors": prior_tensors(resumed), "facts": {"files": sorted(path.name for path in checkpoint.iterdir())}}
+    tensors = prior_tensors(resumed)
+    model: Any = trainer.model
+    kept = [local_tensor(p).detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():  # another run's weights
+            local_tensor(parameter).add_(1.0)
+    try:
+        resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+        refused = ""
+    except PriorMatchError as error:
+        refused = str(error)
+    with torch.no_grad():
+        for parameter, own in zip(model.parameters(), kept, strict=True):
+            local_tensor(parameter).copy_(own)
+    facts = {"files": sorted(path.name for path in checkpoint.iterdir()), "refused": refused, "rank": dist.get_rank()}
+    return {"tensors": tensors, "facts": facts}
 
 
 def after_evaluation(trainer: PriorTrainer, folder: Path) -> dict[str, Any]:
