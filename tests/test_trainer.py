@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import re
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -724,6 +725,37 @@ def test_a_setting_changed_between_two_runs_counts_as_in_a_hyperparameter_search
     trainer.train()
     assert trainer.prior_penalty.gaussian.scale == 0.125
     assert trainer.prior_penalty.head_variance == 2.0
+
+
+def test_binding_anew_frees_the_old_copy_of_the_prior_first(tmp_path, monkeypatch):
+    from prior_hub.finetuning import trainer as module
+
+    trainer = bound(tmp_path, image_data(4), max_steps=1, learning_rate=1e-6)
+    old, alive = weakref.ref(trainer.prior_penalty.gaussian), []
+
+    class Watching(module.PriorPenalty):
+        def __init__(self, *args, **kwargs):
+            alive.append(old() is not None)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(module, "PriorPenalty", Watching)
+    trainer.train()
+    assert alive == [False]
+
+
+def test_after_a_binding_that_failed_covered_parameters_are_still_not_decayed(tmp_path):
+    trainer = bound(tmp_path, image_data(4), max_steps=1, learning_rate=1e-6, weight_decay=0.1)
+    expected = trainer.get_decay_parameter_names(trainer.model)
+    trainer.args.prior_num_examples = -1
+    with pytest.raises(ValueError, match="num_examples is -1"):
+        trainer.train()
+    assert trainer.get_decay_parameter_names(trainer.model) == expected == ["classifier.weight"]
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-6)
+    with pytest.raises(ValueError, match="decays"):
+        trainer.create_optimizer()
+    trainer.optimizer, trainer.args.prior_num_examples = None, 4
+    assert trainer.train().global_step == 1
+    assert trainer.prior_penalty.num_examples == 4
 
 
 def test_prior_may_be_an_object_or_a_folder_given_as_argument_or_setting(tmp_path):

@@ -86,6 +86,7 @@ class PriorTrainerMixin(_TrainerBase):
         self._prior_name_map = prior_name_map
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
+        self._covered_names: frozenset[str] = frozenset()  # outlives a binding that fails
         self._nll_total: Tensor | None = None
         self._prior_total: Tensor | None = None
         self._prior_steps = 0
@@ -141,15 +142,18 @@ class PriorTrainerMixin(_TrainerBase):
     def _bind(self) -> PriorPenalty:
         """Bind the prior to the parameters as they are now (after wrapping and sharding: called when training begins)."""
         assert self.prior is not None  # noqa: S101
+        num_examples = self._num_examples()
+        self.prior_penalty = None  # frees its copy of the prior on the accelerator before the next one is made
         self.prior_penalty = PriorPenalty(
             self.prior,
             self.model,
-            num_examples=self._num_examples(),
+            num_examples=num_examples,
             scale=self._prior_settings["prior_scale"],
             rank=self._prior_settings["prior_rank"],
             head_variance=self._prior_settings["prior_head_variance"],
             **self._matching(),
         )
+        self._covered_names = self.prior_penalty.covered_names
         return self.prior_penalty
 
     def _num_examples(self) -> int:
@@ -187,26 +191,23 @@ class PriorTrainerMixin(_TrainerBase):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As Trainer, without the parameters that a prior holds already."""
         names: list[str] = super().get_decay_parameter_names(model)
-        if self.prior_penalty is None:
+        if not self._covered_names:
             return names
         canonical = raw_names(model)
-        return [name for name in names if canonical.get(name) not in self.prior_penalty.covered_names]
+        return [name for name in names if canonical.get(name) not in self._covered_names]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer; an optimizer that decays covered parameters is refused."""
-        if self.prior_penalty is not None:
+        if self.prior is not None:
             reshard(self.model)  # else the optimizer would get the full tensors that an evaluation leaves, which nobody uses
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.prior_penalty is not None:
+        if self.prior is not None:
             self._refuse_double_decay(optimizer)
         return optimizer
 
     def _refuse_double_decay(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self.prior_penalty is not None  # noqa: S101
         names = raw_names(self.model)
-        covered = {
-            id(p): names[raw] for raw, p in self.model.named_parameters() if names.get(raw) in self.prior_penalty.covered_names
-        }
+        covered = {id(p): names[raw] for raw, p in self.model.named_parameters() if names.get(raw) in self._covered_names}
         for group in optimizer.param_groups:
             decay = group.get("weight_decay", 0) or 0
             decayed = [covered[id(p)] for p in group["params"] if id(p) in covered] if decay else []
