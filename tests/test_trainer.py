@@ -591,6 +591,30 @@ def test_labels_per_token_or_pixel_need_prior_num_examples(tmp_path):
     assert bound(tmp_path, data, tiny_llama(), max_steps=1, prior_num_examples=20).train().global_step == 1
 
 
+def test_arguments_without_prior_num_examples_are_told_of_the_mixin_that_has_it(tmp_path):
+    """As SFTConfig, of TRL, would be: another class than PriorTrainingArguments is wanted there."""
+
+    @dataclasses.dataclass
+    class SFTConfig(TrainingArguments):
+        pass
+
+    @dataclasses.dataclass
+    class PriorSFTConfig(PriorArgumentsMixin, SFTConfig):
+        pass
+
+    model = tiny_llama()
+    tokens = text_data(4, token_labels=True)
+    wanted = r"SFTConfig has no prior_num_examples.*class PriorSFTConfig\(PriorArgumentsMixin, SFTConfig\)"
+    for data, settings in ((Stream(tokens), {"max_steps": 1}), (tokens, {"max_steps": 1})):
+        given = {"model": model, "prior": random_prior(model), "train_dataset": data}
+        with pytest.raises(ValueError, match=wanted):
+            PriorTrainer(**given, args=quiet_arguments(tmp_path, SFTConfig, **settings)).train()
+        with pytest.raises(ValueError, match=r"Pass PriorSFTConfig\(prior_num_examples=\.\.\.\): the"):
+            PriorTrainer(**given, args=quiet_arguments(tmp_path, PriorSFTConfig, **settings)).train()
+        settings |= {"prior_num_examples": 24}
+        assert PriorTrainer(**given, args=quiet_arguments(tmp_path, PriorSFTConfig, **settings)).train().global_step == 1
+
+
 def test_float_labels_of_several_classes_are_one_observation_per_example(tmp_path):
     data = [row | {"labels": torch.tensor([1.0, 0.0, 1.0])} for row in image_data(4)]
     trainer = bound(tmp_path, data, tiny_vit(problem_type="multi_label_classification"), max_steps=1)
@@ -617,6 +641,20 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path, optim):
     with pytest.raises(ValueError, match=f"optim='{optim}' updates the weights inside backward"):
         bound(tmp_path, image_data(4), optim=optim)
+
+
+@pytest.mark.parametrize("name", ["Lomo", "AdaLomo", "LayerWiseDummyOptimizer"])
+def test_optimizers_that_step_inside_backward_are_refused_by_their_class_too(tmp_path, name):
+    if name == "LayerWiseDummyOptimizer":
+        from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+        optimizer = LayerWiseDummyOptimizer(optimizer_dict={}, lr=1e-3)
+    else:
+        base = type(name, (torch.optim.Optimizer,), {})  # as lomo_optim's, which need not be installed
+        optimizer = type("Mine", (base,), {})([nn.Parameter(torch.zeros(1))], {})
+    model = tiny_vit()
+    with pytest.raises(ValueError, match=f"the optimizer, {name}, updates the weights inside backward"):
+        refused_or_passed(tmp_path, optimizer, model, random_prior(model))
 
 
 def test_fsdp_version_1_is_refused_by_its_name(tmp_path):

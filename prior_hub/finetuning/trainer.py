@@ -47,9 +47,16 @@ _DEFAULTS: dict[str, Any] = {
     "prior_subfolder": None,
 }
 
+_STEPS_IN_BACKWARD = "{} updates the weights inside backward, before the prior's gradient is added: choose another."
+
 
 class PriorTrainerMixin(_TrainerBase):
-    """Everything a prior adds to a `Trainer`: `class PriorSFTTrainer(PriorTrainerMixin, SFTTrainer)` has it too.
+    """Everything a prior adds to a `Trainer`; other Trainers take it by two classes.
+
+        class PriorSFTTrainer(PriorTrainerMixin, SFTTrainer): ...
+
+        @dataclass
+        class PriorSFTConfig(PriorArgumentsMixin, SFTConfig): ...     # else there is no prior_num_examples to set
 
     Settings are read from `args` (`PriorTrainingArguments`, or any class with `PriorArgumentsMixin`); with plain
     `TrainingArguments` the defaults hold. Without a prior it is the Trainer it is mixed into, to the last bit.
@@ -167,19 +174,26 @@ class PriorTrainerMixin(_TrainerBase):
             return len(dataset)
         except TypeError:
             raise ValueError(
-                "the training set has no length, so the N that the prior's penalty is divided by is not known. Pass "
-                "PriorTrainingArguments(prior_num_examples=...) with the number of different training examples (label tokens "
-                "for a loss that is a mean over tokens)."
+                "the training set has no length, so the N that the prior's penalty is divided by is not known. "
+                f"{self._how_to_pass_n()} the number of different training examples (label tokens for a loss that is a mean "
+                "over tokens)."
             ) from None
+
+    def _how_to_pass_n(self) -> str:
+        name = type(self.args).__name__
+        if hasattr(self.args, "prior_num_examples"):
+            return f"Pass {name}(prior_num_examples=...):"
+        return (
+            f"{name} has no prior_num_examples: use PriorTrainingArguments, or a class of your own, '@dataclass class "
+            f"Prior{name}(PriorArgumentsMixin, {name})', and pass prior_num_examples=...:"
+        )
 
     def _refuse_impossible_setups(self) -> None:
         if getattr(self, "is_deepspeed_enabled", False):
             raise ValueError("DeepSpeed partitions gradients in its own engine, where the prior cannot add its own: use FSDP2.")
         name = str(getattr(self.args.optim, "value", self.args.optim)).lower()
         if name in ("lomo", "adalomo") or "layerwise" in name:
-            raise ValueError(
-                f"optim={name!r} updates the weights inside backward, before the prior's gradient is added: choose another."
-            )
+            raise ValueError(_STEPS_IN_BACKWARD.format(f"optim={name!r}"))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer; a fresh model starts from the prior's mean."""
@@ -197,11 +211,14 @@ class PriorTrainerMixin(_TrainerBase):
         return [name for name in names if canonical.get(name) not in self._covered_names]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer; an optimizer that decays covered parameters is refused."""
+        """As Trainer; an optimizer that decays covered parameters, or steps inside backward, is refused."""
         if self.prior is not None:
             reshard(self.model)  # else the optimizer would get the full tensors that an evaluation leaves, which nobody uses
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.prior is not None:
+            for kind in type(getattr(optimizer, "optimizer", optimizer)).__mro__:
+                if kind.__name__.lower() in ("lomo", "adalomo", "layerwisedummyoptimizer"):
+                    raise ValueError(_STEPS_IN_BACKWARD.format(f"the optimizer, {kind.__name__},"))
             self._refuse_double_decay(optimizer)
         return optimizer
 
@@ -274,8 +291,8 @@ class PriorTrainerMixin(_TrainerBase):
         if dense and self._prior_settings["prior_num_examples"] is None:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: the loss is a mean over tokens or pixels, so N is their number, "
-                "not the number of examples. Pass PriorTrainingArguments(prior_num_examples=...): the label tokens in the "
-                "training set (without ignored ones), or the images if each is to count as one observation."
+                f"not the number of examples. {self._how_to_pass_n()} the label tokens in the training set (without ignored "
+                "ones), or the images if each is to count as one observation."
             )
 
     @torch.no_grad()
