@@ -91,9 +91,9 @@ class PriorTrainerMixin(_TrainerBase):
         self.args: Any = settings
         self.train_dataset: Any = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)  # asked by call_model_init
         self._prior_name_map = prior_name_map
+        self._covered_names: frozenset[str] = frozenset()  # outlives a binding that fails
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
-        self._covered_names: frozenset[str] = frozenset()  # outlives a binding that fails
         self._nll_total: Tensor | None = None
         self._prior_total: Tensor | None = None
         self._prior_steps = 0

@@ -296,13 +296,23 @@ class LowRankGaussian:
             self._largest[key] = self._lanczos(iterations, torch.Generator().manual_seed(seed))
         return self._largest[key]
 
+    def _flat(self) -> LowRankGaussian:
+        """The same covariance around zero, every tensor flat; a mean would round what is added to it."""
+        flat = self._with(
+            mean={n: torch.zeros(1, dtype=t.dtype, device=t.device).expand(t.numel()) for n, t in self.mean.items()},
+            variance={n: t.reshape(-1) for n, t in self.variance.items()},
+            deviations={n: t.reshape(self.rank, -1) for n, t in self.deviations.items()},
+        )
+        flat._factor = self._cholesky()
+        return flat
+
     def _lanczos(self, iterations: int, generator: torch.Generator) -> float:
         """The largest Ritz value of Sigma^-1, v, Sigma^-1 v, ... (Golub and Van Loan, section 10.1).
 
         Differs: not orthogonalised anew, which gives copies of the largest value and leaves it what it is.
         """
         flat = self._flat()
-        vector = {name: flat._start(name, generator) for name in flat.names}
+        vector = {name: flat._unit_start(name, generator) for name in flat.names}
         previous: dict[str, Tensor] = {}
         for _ in range(2):  # lean to where the diagonal is small: iterations that cost nothing
             for name, tensor in vector.items():
@@ -335,18 +345,8 @@ class LowRankGaussian:
             previous, vector = vector, image
         return estimate
 
-    def _flat(self) -> LowRankGaussian:
-        """The same covariance around zero, every tensor flat; a mean would round what is added to it."""
-        flat = self._with(
-            mean={n: torch.zeros(1, dtype=t.dtype, device=t.device).expand(t.numel()) for n, t in self.mean.items()},
-            variance={n: t.reshape(-1) for n, t in self.variance.items()},
-            deviations={n: t.reshape(self.rank, -1) for n, t in self.deviations.items()},
-        )
-        flat._factor = self._cholesky()
-        return flat
-
-    def _start(self, name: str, generator: torch.Generator) -> Tensor:
-        """Noise, flat, from the CPU's generator."""
+    def _unit_start(self, name: str, generator: torch.Generator) -> Tensor:
+        """Noise of unit variance, flat, from the CPU's generator."""
         mean = self.mean[name]
         dtype = torch.promote_types(mean.dtype, torch.float32)
         return torch.randn(mean.numel(), generator=generator, dtype=dtype).to(mean.device)
