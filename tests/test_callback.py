@@ -12,6 +12,8 @@ import torch
 from hub_fixtures import fresh_repo_id
 from models import image_data, quiet_arguments, tiny_bert, tiny_resnet, tiny_vit
 from priors_for_tests import differences
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -25,6 +27,7 @@ from prior_hub import (
     PriorNumericsError,
     PriorWarning,
     SwagCallback,
+    SwagEstimator,
     push_prior_to_hub,
 )
 
@@ -383,8 +386,8 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def checkpointed(folder, *callbacks, step: int = 6) -> str:
-    trainer_with(folder, *callbacks, save_strategy="steps", save_steps=step, max_steps=12).train()
+def checkpointed(folder, *callbacks, step: int = 6, **settings) -> str:
+    trainer_with(folder, *callbacks, save_strategy="steps", save_steps=step, max_steps=12, **settings).train()
     return str(folder / f"checkpoint-{step}")
 
 
@@ -423,6 +426,61 @@ def test_resume_from_names_a_checkpoint_elsewhere(tmp_path):
     shutil.copytree(checkpoint, moved)
     resumed = every_step(resume_from=moved)
     trainer_with(tmp_path / "out", resumed).train(resume_from_checkpoint=str(moved))
+    assert_same(resumed.prior(), whole.prior())
+
+
+def test_the_state_of_another_run_or_step_is_refused_though_the_model_fits(tmp_path):
+    """Resumed from a checkpoint elsewhere, while `output_dir` holds a checkpoint of the same step of another run."""
+    checkpoint = checkpointed(tmp_path / "A", whole := every_step())
+    checkpointed(tmp_path / "B", every_step(), model=tiny_resnet(seed=1))
+    message = (
+        r"B.checkpoint-6.swag_state.safetensors is the state of another run.*: \d+ of the model's \d+ trained .*resume_from"
+    )
+    with pytest.raises(PriorMatchError, match=message):
+        trainer_with(tmp_path / "B", every_step()).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(PriorMatchError, match="another step"):
+        trainer_with(tmp_path / "A", every_step(resume_from=tmp_path / "A" / "checkpoint-12")).train(
+            resume_from_checkpoint=checkpoint
+        )
+    resumed = every_step(resume_from=checkpoint)
+    trainer_with(tmp_path / "B", resumed).train(resume_from_checkpoint=checkpoint)
+    assert_same(resumed.prior(), whole.prior())
+
+
+def test_one_bit_of_one_weight_is_noticed_and_frozen_ones_do_not_count(tmp_path):
+    model = tiny_resnet()
+    frozen = next(p for n, p in model.named_parameters() if "embedder" in n)
+    frozen.requires_grad_(False)
+    estimator = SwagEstimator(rank=1, head=("classifier",))
+    estimator.update(model)
+    estimator.save(tmp_path / "state", model=model)
+
+    def attached() -> None:
+        other = SwagEstimator(rank=1, head=("classifier",))
+        other.load(tmp_path / "state")
+        other.attach(model)
+
+    with torch.no_grad():
+        frozen.add_(1.0)  # adapters are saved without the frozen weights beneath them
+    attached()
+    weight = model.classifier[1].weight
+    with torch.no_grad():
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    with pytest.raises(PriorMatchError, match=r": 1 of the model's \d+ trained tensors \('classifier.1.weight'\)"):
+        attached()
+
+
+def test_a_state_without_digests_of_weights_still_resumes(tmp_path):
+    """As earlier versions wrote it."""
+    whole = every_step()
+    checkpoint = checkpointed(tmp_path, whole)
+    path = Path(checkpoint) / "swag_state.safetensors"
+    with safe_open(path, framework="pt") as handle:
+        header = json.loads(handle.metadata()["swag"])
+    del header["weights"]
+    save_file(load_file(path), path, metadata={"format": "pt", "swag": json.dumps(header)})
+    resumed = every_step()
+    trainer_with(tmp_path, resumed, model=tiny_resnet(seed=9)).train(resume_from_checkpoint=checkpoint)
     assert_same(resumed.prior(), whole.prior())
 
 

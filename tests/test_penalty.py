@@ -202,6 +202,47 @@ def test_a_plain_loop_ends_where_autograd_of_the_dense_loss_ends():
     assert error([flat(model.parameters()) - start], [moved]) < 1e-5  # ten steps of float32 rounding
 
 
+def test_an_accelerate_loop_counts_the_prior_exactly_once_per_optimizer_step():
+    """26 rows in batches of 2, accumulation 4: three full windows and one of a single micro-batch, in each of two epochs."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, twin = tiny_vit(), tiny_vit().double()
+    prior, data = random_prior(model), image_data(26)
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    penalty = PriorPenalty(prior, model, num_examples=len(data))
+    names = list(prior.mean)
+    factor, mean = torch.linalg.cholesky(dense_covariance(prior)), flat(prior.mean.values())
+    window, windows = [], []
+    for _ in range(2):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                window.append(batch)
+                if accelerator.sync_gradients:
+                    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+                    penalty.add_gradient_()
+                    twin.load_state_dict(model.state_dict())
+                    twin.zero_grad()
+                    for part in window:
+                        (twin(pixel_values=part["pixel_values"].double(), labels=part["labels"]).loss / 4).backward()
+                    theta = flat(model.get_parameter(n) for n in names)
+                    share = torch.cholesky_solve((theta - mean).unsqueeze(1), factor).squeeze(1) / 26
+                    found = flat(model.get_parameter(n).grad for n in names)
+                    assert error([found], [flat(twin.get_parameter(n).grad for n in names) + share]) < FLOAT32
+                    difference = found - flat(plain[n] for n in names)
+                    # rounding of the sum, averaged over a thousand entries
+                    assert float(difference @ share / (share @ share)) == pytest.approx(1, abs=1e-6)
+                    windows.append(len(window))
+                    window = []
+                optimizer.step()
+                optimizer.zero_grad()
+    assert windows == [4, 4, 4, 1] * 2
+    assert error([flat(model.parameters())], [flat(tiny_vit().parameters())]) > 0.01  # the weights moved
+
+
 # ------------------------------------------------------------------------------------------------------- stiff priors
 
 

@@ -42,6 +42,10 @@ def test_every_python_block_runs_in_order(hub, tmp_path, monkeypatch):
         if block.strip() == (ROOT / "examples" / "minimal.py").read_text().strip():
             continue  # run as a program by tests/test_examples.py
         exec(compile(block.replace("your-name", NAME), "README.md", "exec"), names)
+    assert (
+        names["PriorSeq2SeqArguments"]("out", prior_num_examples=7, predict_with_generate=True, use_cpu=True).prior_num_examples
+        == 7
+    )
     assert "v1.0" in {tag.name for tag in __import__("huggingface_hub").list_repo_refs(f"{NAME}/my-prior").tags}
     for line in "\n".join(blocks("sh")).splitlines():
         if line.startswith("prior-hub "):

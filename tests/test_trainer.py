@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import re
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -590,6 +591,30 @@ def test_labels_per_token_or_pixel_need_prior_num_examples(tmp_path):
     assert bound(tmp_path, data, tiny_llama(), max_steps=1, prior_num_examples=20).train().global_step == 1
 
 
+def test_arguments_without_prior_num_examples_are_told_of_the_mixin_that_has_it(tmp_path):
+    """As SFTConfig, of TRL, would be: another class than PriorTrainingArguments is wanted there."""
+
+    @dataclasses.dataclass
+    class SFTConfig(TrainingArguments):
+        pass
+
+    @dataclasses.dataclass
+    class PriorSFTConfig(PriorArgumentsMixin, SFTConfig):
+        pass
+
+    model = tiny_llama()
+    tokens = text_data(4, token_labels=True)
+    wanted = r"SFTConfig has no prior_num_examples.*class PriorSFTConfig\(PriorArgumentsMixin, SFTConfig\)"
+    for data, settings in ((Stream(tokens), {"max_steps": 1}), (tokens, {"max_steps": 1})):
+        given = {"model": model, "prior": random_prior(model), "train_dataset": data}
+        with pytest.raises(ValueError, match=wanted):
+            PriorTrainer(**given, args=quiet_arguments(tmp_path, SFTConfig, **settings)).train()
+        with pytest.raises(ValueError, match=r"Pass PriorSFTConfig\(prior_num_examples=\.\.\.\): the"):
+            PriorTrainer(**given, args=quiet_arguments(tmp_path, PriorSFTConfig, **settings)).train()
+        settings |= {"prior_num_examples": 24}
+        assert PriorTrainer(**given, args=quiet_arguments(tmp_path, PriorSFTConfig, **settings)).train().global_step == 1
+
+
 def test_float_labels_of_several_classes_are_one_observation_per_example(tmp_path):
     data = [row | {"labels": torch.tensor([1.0, 0.0, 1.0])} for row in image_data(4)]
     trainer = bound(tmp_path, data, tiny_vit(problem_type="multi_label_classification"), max_steps=1)
@@ -616,6 +641,20 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path, optim):
     with pytest.raises(ValueError, match=f"optim='{optim}' updates the weights inside backward"):
         bound(tmp_path, image_data(4), optim=optim)
+
+
+@pytest.mark.parametrize("name", ["Lomo", "AdaLomo", "LayerWiseDummyOptimizer"])
+def test_optimizers_that_step_inside_backward_are_refused_by_their_class_too(tmp_path, name):
+    if name == "LayerWiseDummyOptimizer":
+        from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+        optimizer = LayerWiseDummyOptimizer(optimizer_dict={}, lr=1e-3)
+    else:
+        base = type(name, (torch.optim.Optimizer,), {})  # as lomo_optim's, which need not be installed
+        optimizer = type("Mine", (base,), {})([nn.Parameter(torch.zeros(1))], {})
+    model = tiny_vit()
+    with pytest.raises(ValueError, match=f"the optimizer, {name}, updates the weights inside backward"):
+        refused_or_passed(tmp_path, optimizer, model, random_prior(model))
 
 
 def test_fsdp_version_1_is_refused_by_its_name(tmp_path):
@@ -684,7 +723,8 @@ def test_settings_parse_from_the_command_line():
     parser = HfArgumentParser(PriorTrainingArguments)
     words = "--output_dir out --prior org/name --prior_scale 0.5 --prior_rank 3 --prior_head_variance 0.1"
     words += " --prior_num_examples 100 --prior_initialize False --prior_include_head --prior_on_mismatch drop"
-    words += " --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior --weight_decay 0.01"
+    words += " --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior"
+    words += " --weight_decay 0.01"
     (given,) = parser.parse_args_into_dataclasses(words.split())
     found = {k: v for k, v in vars(given).items() if k.startswith("prior")}
     assert found == {
@@ -701,12 +741,12 @@ def test_settings_parse_from_the_command_line():
         "prior_revision": "v1.0",
         "prior_subfolder": "prior",
     }
+    assert given.weight_decay == 0.01
     (given,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--prior_scale", "auto"])
     assert (given.prior_scale, given.prior_update) == ("auto", "auto")
     assert parser.parse_args_into_dataclasses(["--output_dir", "out"])[0].prior_scale is None
     with pytest.raises(ValueError, match="prior_scale is 'wide', expected a number or 'auto'"):
         parser.parse_args_into_dataclasses(["--output_dir", "out", "--prior_scale", "wide"])
-    assert given.weight_decay == 0.01
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
     expected = {f.name: f.default for f in dataclasses.fields(PriorArgumentsMixin)}
     assert {k: v for k, v in vars(default).items() if k.startswith("prior")} == expected
@@ -732,6 +772,37 @@ def test_a_setting_changed_between_two_runs_counts_as_in_a_hyperparameter_search
     trainer.train()
     assert trainer.prior_penalty.gaussian.scale == 0.125
     assert trainer.prior_penalty.head_variance == 2.0
+
+
+def test_binding_anew_frees_the_old_copy_of_the_prior_first(tmp_path, monkeypatch):
+    from prior_hub.finetuning import trainer as module
+
+    trainer = bound(tmp_path, image_data(4), max_steps=1, learning_rate=1e-6)
+    old, alive = weakref.ref(trainer.prior_penalty.gaussian), []
+
+    class Watching(module.PriorPenalty):
+        def __init__(self, *args, **kwargs):
+            alive.append(old() is not None)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(module, "PriorPenalty", Watching)
+    trainer.train()
+    assert alive == [False]
+
+
+def test_after_a_binding_that_failed_covered_parameters_are_still_not_decayed(tmp_path):
+    trainer = bound(tmp_path, image_data(4), max_steps=1, learning_rate=1e-6, weight_decay=0.1)
+    expected = trainer.get_decay_parameter_names(trainer.model)
+    trainer.args.prior_num_examples = -1
+    with pytest.raises(ValueError, match="num_examples is -1"):
+        trainer.train()
+    assert trainer.get_decay_parameter_names(trainer.model) == expected == ["classifier.weight"]
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-6)
+    with pytest.raises(ValueError, match="decays"):
+        trainer.create_optimizer()
+    trainer.optimizer, trainer.args.prior_num_examples = None, 4
+    assert trainer.train().global_step == 1
+    assert trainer.prior_penalty.num_examples == 4
 
 
 def test_prior_may_be_an_object_or_a_folder_given_as_argument_or_setting(tmp_path):
@@ -782,6 +853,46 @@ def test_prior_initialize_decides_where_training_starts(tmp_path, initialize):
     for name, tensor in trainer.model.state_dict().items():
         known = {**prior.mean, **prior.buffers}
         assert torch.equal(tensor, known[name] if initialize and name in known else start[name]), name
+
+
+@pytest.mark.parametrize("from_model_init", [False, True])
+def test_a_trainer_that_only_evaluates_keeps_the_models_weights_and_says_so(tmp_path, monkeypatch, from_model_init):
+    from prior_hub.finetuning import trainer as module
+
+    said: list[str] = []
+    monkeypatch.setattr(module.logger, "info", said.append)
+    finetuned, data = tiny_resnet(seed=9), image_data(8)
+    given = {"model_init": lambda: finetuned} if from_model_init else {"model": finetuned}
+    before = {n: t.clone() for n, t in finetuned.state_dict().items()}
+    prior = isotropic_prior(tiny_resnet(), variance=0.1)
+    evaluating = PriorTrainer(**given, prior=prior, args=quiet_arguments(tmp_path), eval_dataset=data)
+    evaluating.evaluate()
+    evaluating.predict(data)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in finetuned.state_dict().items())
+    assert any("no train_dataset, so the model keeps its own weights" in line for line in said)
+    said.clear()
+    PriorTrainer(**given, prior=prior, args=quiet_arguments(tmp_path), train_dataset=data)
+    assert all(torch.equal(finetuned.get_parameter(n), mean) for n, mean in prior.mean.items())  # with one it trains
+    assert not any("keeps its own weights" in line for line in said)
+
+
+@pytest.mark.parametrize("refused", ["no N", "all frozen", "optimizer", "head variance"])
+def test_a_refused_setup_leaves_the_model_as_it_came(tmp_path, refused):
+    model, data, settings = tiny_vit(), image_data(4), {}
+    prior = random_prior(model)
+    if refused == "no N":
+        data, settings = Stream(data), {"max_steps": 1}
+    elif refused == "all frozen":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("classifier"))
+    elif refused == "optimizer":
+        settings = {"optim": "lomo"}
+    else:
+        settings = {"prior_head_variance": -1.0}
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises((ValueError, PriorMatchError)):
+        PriorTrainer(model=model, prior=prior, args=quiet_arguments(tmp_path, **settings), train_dataset=data)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
 
 
 def test_model_init_starts_every_run_from_the_mean(tmp_path):

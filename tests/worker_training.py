@@ -21,12 +21,13 @@ import torch.distributed as dist
 from models import image_data, quiet_arguments, tiny_resnet, tiny_vit
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorTrainer, SwagCallback
-from prior_hub.distributed import is_sharded, local_tensor, reshard
+from prior_hub.distributed import copy_full_, is_sharded, local_tensor, reshard
 
 ROWS, STEPS = 32, 6
+WATCHED, CLIP = 3, 0.5  # steps of the runs whose gradients are kept, and the norm some are clipped to
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}  # also after the last step, right before on_train_end
 # Older versions of transformers load a model sharded, but their Trainer then wraps it in DDP, which refuses shards.
 NATIVE_FSDP2 = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
@@ -61,6 +62,28 @@ class Trajectory(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self.weights.append(weights(model))
+
+
+class Watch(TrainerCallback):
+    """Keeps weights and gradients right before each step of the optimizer, in full shape; may be led along other weights."""
+
+    def __init__(self, path: list[dict[str, Tensor]] | None = None) -> None:
+        self.path = path
+        self.weights: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
+        def look(*_: Any) -> None:
+            self.weights.append(weights(model))
+            self.gradients.append(full({n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+
+        optimizer.optimizer.register_step_pre_hook(look)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if self.path is not None:
+            reshard(model)
+            for name, parameter in model.named_parameters():
+                copy_full_(parameter, self.path[state.global_step][name])
 
 
 def full(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -133,6 +156,33 @@ def train(
     return trainer, swag, {"tensors": tensors, "facts": facts}
 
 
+def watched(name: str, folder: Path, *, sharded: bool) -> dict[str, Any]:
+    """Gradients with the prior ("ours"), of a plain Trainer at the same weights ("plain"), and ours clipped ("clipped")."""
+    path: list[dict[str, Tensor]] | None = None
+    tensors: dict[str, Tensor] = {}
+    for kind in ("ours", "plain", "clipped"):
+        watch, model = Watch(path), load(name, folder, sharded)
+        settings = {"gradient_accumulation_steps": 2, "max_steps": WATCHED, "learning_rate": 0.005}
+        settings["max_grad_norm"] = CLIP if kind == "clipped" else 0.0
+        if kind == "plain":
+            trainer_class, arguments_class, more = Trainer, TrainingArguments, {}
+            if name == "resnet":
+                model.accepts_loss_kwargs = False  # its loss ignores num_items_in_batch, and plain Trainer must be told
+        else:
+            trainer_class, arguments_class, more = PriorTrainer, None, {"prior": str(folder / "prior" / name)}
+            settings["prior_initialize"] = False
+        arguments = quiet_arguments(folder / "out", arguments_class, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer_class(model=model, args=arguments, train_dataset=image_data(ROWS), callbacks=[watch], **more).train()
+        path = path or watch.weights
+        for step in range(WATCHED):
+            assert all(torch.equal(watch.weights[step][n], path[step][n]) for n in path[step])
+            tensors |= {f"{kind}-{step}.{n}": t for n, t in watch.gradients[step].items()}
+    tensors |= {f"weights-{step}.{n}": t for step in range(WATCHED) for n, t in path[step].items()}
+    return {"tensors": tensors, "facts": {}}
+
+
 def prior_tensors(swag: SwagCallback) -> dict[str, Tensor]:
     learned = swag.prior(dataset="synthetic")
     kinds = ("mean", "variance", "deviations", "buffers")
@@ -152,7 +202,22 @@ def saved_and_resumed(name: str, trainer: PriorTrainer, swag: SwagCallback, fold
     trainer.evaluate()
     resumed = SwagCallback(rank=3, start=1, every_n_steps=1, batch_norm="last")
     resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    return {"tensors": prior_tensors(resumed), "facts": {"files": sorted(path.name for path in checkpoint.iterdir())}}
+    tensors = prior_tensors(resumed)
+    model: Any = trainer.model
+    kept = [local_tensor(p).detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():  # another run's weights
+            local_tensor(parameter).add_(1.0)
+    try:
+        resumed.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+        refused = ""
+    except PriorMatchError as error:
+        refused = str(error)
+    with torch.no_grad():
+        for parameter, own in zip(model.parameters(), kept, strict=True):
+            local_tensor(parameter).copy_(own)
+    facts = {"files": sorted(path.name for path in checkpoint.iterdir()), "refused": refused, "rank": dist.get_rank()}
+    return {"tensors": tensors, "facts": facts}
 
 
 def after_evaluation(trainer: PriorTrainer, folder: Path) -> dict[str, Any]:
@@ -219,9 +284,11 @@ def main() -> None:
 
     for name in SCENARIOS:
         keep(f"ddp {name}", train(name, folder, 2)[2])
+        keep(f"watched ddp {name}", watched(name, folder, sharded=False))
     for name in ("vit", "resnet") if NATIVE_FSDP2 else ():
         trainer, swag, result = train(name, folder, 2, sharded=True)
         keep(f"fsdp {name}", result)
+        keep(f"watched fsdp {name}", watched(name, folder, sharded=True))
         keep(f"resumed {name}", saved_and_resumed(name, trainer, swag, folder))
         if name == "vit":
             keep("after evaluation", after_evaluation(trainer, folder))

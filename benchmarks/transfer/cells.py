@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from prior_hub import PriorModel, PriorTrainer, PriorTrainingArguments, SwagCallback, isotropic_prior
@@ -74,9 +74,7 @@ class CifarTask:
             callback = SwagCallback(s["rank"], start=s["start"], variance_floor=s["variance_floor"])
             settings = {"max_steps": s["steps"], "learning_rate": s["learning_rate"], "lr_scheduler_type": "constant"}
             settings |= {"per_device_train_batch_size": s["batch_size"], "weight_decay": s.get("weight_decay", 0.0), "seed": 0}
-            train(
-                Trainer, self.source_model(), settings, self._images("source", "train", s["augment"]), callbacks=[callback]
-            )
+            train(Trainer, self.source_model(), settings, self._images("source", "train", s["augment"]), callbacks=[callback])
             learned = callback.prior(
                 objective="supervised classification",
                 dataset=Path(s["dataset"]).name,

@@ -26,7 +26,8 @@ class PriorArgumentsMixin:
             after the optimizer's, stable at any scale and learning rate, with the same solution), or "auto": implicit where
             a gradient step would overshoot.
         prior_num_examples: N; the length of the training set when None.
-        prior_initialize: start from the prior's mean and its BatchNorm statistics.
+        prior_initialize: start from the prior's mean and its BatchNorm statistics: making the trainer overwrites the model's
+            weights, unless it has no train_dataset. False to go on from the model's own weights.
         prior_include_head: bind the source task's head too (same classes on both sides).
         prior_on_mismatch: "error" or "drop" for parameters of another shape.
         prior_min_coverage: share of the prior's values that must find a place in the model.
@@ -68,7 +69,13 @@ class PriorArgumentsMixin:
             "mean over tokens. Default: length of the training set."
         },
     )
-    prior_initialize: bool = field(default=True, metadata={"help": "Start from the prior's mean and its BatchNorm statistics."})
+    prior_initialize: bool = field(
+        default=True,
+        metadata={
+            "help": "Start from the prior's mean and its BatchNorm statistics, overwriting the model's weights, unless there "
+            "is no train_dataset."
+        },
+    )
     prior_include_head: bool = field(
         default=False, metadata={"help": "Bind the source task's head too: only if the classes are the same."}
     )

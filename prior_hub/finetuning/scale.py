@@ -13,7 +13,7 @@ second term where the head itself is under the prior). With the softmax likeliho
     "evidence"  the log marginal likelihood log p(y | scale, head_variance)
 
 The first asks for what the fine-tuned model is used for, the second for how well the prior explains the labels. Both are
-looked up on half-decades of the variance that the prior gives to a logit. J takes C backward passes per example, so M is
+looked up by walking downhill in half-decades. J takes C backward passes per example, so M is
 chosen to stay below `max_passes` in all. Rows of J S^(1/2) longer than 65,536 are folded to that length with random signs
 (a count sketch: inner products keep their mean, with an error of about |a| |b| / 256); the low-rank part is exact.
 
@@ -47,8 +47,7 @@ __all__ = ["ScaleChoice", "select_scale"]
 METHODS = ("loo", "evidence")
 _SKETCH = 1 << 16  # length of a row of J S^(1/2)
 _MOST_EXAMPLES = 512
-_DECADES = range(-3, 6)  # of the variance that the prior gives to a logit, for the scale
-_HEAD_STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # decades of the same, for the head
+_LOWEST, _HIGHEST = -4.0, 8.0  # decades of the variance that the prior gives to a logit
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def select_scale(
     *,
     method: str = "loo",
     head_variance: float | None = None,
-    max_passes: int = 2000,
+    max_passes: int = 1000,
     max_examples: int | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -160,8 +159,9 @@ def select_scale(
                 typical = float((design.square().sum(1)).mean())
                 process = _Process(torch.zeros(len(labels), classes, dtype=torch.float64), labels)
                 if head_variance is None:
-                    head_scores = {10**d / typical: process.score(kernel_head * 10**d / typical, method) for d in _HEAD_STEPS}
-                    variance = min(head_scores, key=head_scores.__getitem__)
+                    found = _walk(lambda d: process.score(kernel_head * (10**d / typical), method), 0.0, 0.5)
+                    variance = 10 ** found[0] / typical
+                    head_scores = {10**d / typical: v for d, v in found[1].items()}
                 else:
                     variance, head_scores = head_variance, {}
                 _set_head(head, design, labels, classes, variance)
@@ -179,27 +179,23 @@ def select_scale(
     spread = float(kernel.diagonal().mean())  # variance that scale 1 gives to a logit
     if not spread > 0:
         raise PriorNumericsError("no logit depends on a weight under the prior: the gradients at its mean are all zero.")
-    scores: dict[float, float] = {}
 
     def scored(decade: float) -> float:
-        scale = 10**decade / spread
-        if scale not in scores:
-            scores[scale] = process.score(fixed + scale * kernel, method)
-        return scores[scale]
+        return process.score(fixed + (10**decade / spread) * kernel, method)
 
-    best = _minimised(scored, [float(d) for d in _DECADES])
-    scale = 10**best / spread
+    best, seen = _walk(scored, 1.0, 1.0)
+    best, seen = _walk(scored, best, 0.5, seen)
     if kernel_head is not None and variance is not None and head_variance is None:
-        # the features move now, so the head needs another variance than on frozen ones
-        head_scores = {
-            v: process.score(kernel_head * v + scale * kernel, method)
-            for v in (variance / 10**0.5, variance, variance * 10**0.5)
-        }
-        variance = min(head_scores, key=head_scores.__getitem__)
+        # the features move now, and the head may need another variance than on frozen ones
+        scaled = unscaled + (10**best / spread) * kernel
+        start = math.log10(variance * typical)
+        found = _walk(lambda d: process.score(kernel_head * (10**d / typical) + scaled, method), start, 0.5)
+        variance = 10 ** found[0] / typical
+        head_scores = {10**d / typical: v for d, v in found[1].items()}
         fixed = kernel_head * variance + unscaled
-        scores = {}
-        best = _minimised(scored, [best - 0.5, best, best + 0.5], halve=False)
-        scale = 10**best / spread
+        best, seen = _walk(scored, best, 0.5)
+    scale = 10 ** _vertex(best, 0.5, seen) / spread
+    scores = {10**d / spread: v for d, v in seen.items()}
     return ScaleChoice(
         scale=scale,
         head_variance=variance,
@@ -212,19 +208,37 @@ def select_scale(
     )
 
 
-def _minimised(score: Callable[[float], float], points: list[float], *, halve: bool = True) -> float:
-    """The best of `points` and, if `halve`, of the half steps beside it; then the vertex of a parabola through three."""
-    values = {p: score(p) for p in points}
-    best = min(values, key=values.__getitem__)
-    if halve:
-        values |= {p: score(p) for p in (best - 0.5, best + 0.5)}
-        best = min(values, key=values.__getitem__)
-    if {best - 0.5, best + 0.5} <= values.keys():
-        left, middle, right = values[best - 0.5], values[best], values[best + 0.5]
-        curvature = left - 2 * middle + right
-        if curvature > 0:
-            return best + 0.25 * (left - right) / curvature
-    return best
+def _walk(
+    score: Callable[[float], float], start: float, step: float, seen: Mapping[float, float] | None = None
+) -> tuple[float, dict[float, float]]:
+    """Downhill from `start` in steps, past one bump: (the best point, point -> score)."""
+    values = dict(seen or {})
+
+    def at(point: float) -> float:
+        if point not in values:
+            values[point] = score(point)
+        return values[point]
+
+    best = start
+    at(start)
+    for direction in (step, -step):
+        point, worse = best, 0
+        while worse < (2 if step >= 1 else 1) and _LOWEST <= point + direction <= _HIGHEST:
+            point += direction
+            if at(point) < at(best):
+                best, worse = point, 0
+            else:
+                worse += 1
+    return best, values
+
+
+def _vertex(best: float, step: float, values: Mapping[float, float]) -> float:
+    """The minimum of the parabola through the best point and its neighbours, where they are known."""
+    if not {best - step, best + step} <= values.keys():
+        return best
+    left, middle, right = values[best - step], values[best], values[best + step]
+    curvature = left - 2 * middle + right
+    return best + 0.5 * step * (left - right) / curvature if 0 < curvature < math.inf else best
 
 
 # ----------------------------------------------------------------------------------------- Laplace in the space of logits
@@ -241,6 +255,7 @@ class _Process:
     def __init__(self, mean: Tensor, labels: Tensor) -> None:
         self.mean, self.labels = mean, labels
         self.target = nn.functional.one_hot(labels, mean.shape[1]).double()
+        self._alpha: Tensor | None = None  # of the last kernel: where the next search starts
 
     def score(self, kernel: Tensor, method: str) -> float:
         """Leave-one-out NLL, or minus the log evidence, in nats per example; infinite where it cannot be computed."""
@@ -269,6 +284,11 @@ class _Process:
         blocks = kernel.view(count, classes, count, classes)
         alpha, f = torch.zeros(len(kernel), dtype=torch.float64), self.mean
         value = self._nll(f)
+        if self._alpha is not None:
+            there = kernel @ self._alpha
+            logits = self.mean + there.view(count, classes)
+            if (now := self._nll(logits) + 0.5 * float(self._alpha @ there)) < value:
+                alpha, f, value = self._alpha, logits, now
         while True:
             p = f.softmax(1)
             q = p.sqrt()
@@ -278,6 +298,7 @@ class _Process:
             inner.diagonal().add_(1.0)
             factor = torch.linalg.cholesky(inner)
             if iterations == 0:
+                self._alpha = alpha
                 return alpha, f, factor, root
             centred = f - self.mean
             pull = p * centred - p * (p * centred).sum(1, keepdim=True) + self.target - p
@@ -295,7 +316,7 @@ class _Process:
                 step /= 2
             else:
                 return alpha, f, factor, root
-            settled = value - now < 1e-6 * count
+            settled = value - now < 1e-5 * count
             alpha, f, value = trial, logits, now
             if settled:
                 iterations = 0

@@ -53,12 +53,23 @@ _DEFAULTS: dict[str, Any] = {
     "prior_subfolder": None,
 }
 
+_STEPS_IN_BACKWARD = "{} updates the weights inside backward, before the prior's gradient is added: choose another."
+
 
 class PriorTrainerMixin(_TrainerBase):
-    """Everything a prior adds to a `Trainer`: `class PriorSFTTrainer(PriorTrainerMixin, SFTTrainer)` has it too.
+    """Everything a prior adds to a `Trainer`; other Trainers take it by two classes.
+
+        class PriorSFTTrainer(PriorTrainerMixin, SFTTrainer): ...
+
+        @dataclass
+        class PriorSFTConfig(PriorArgumentsMixin, SFTConfig): ...     # else there is no prior_num_examples to set
 
     Settings are read from `args` (`PriorTrainingArguments`, or any class with `PriorArgumentsMixin`); with plain
     `TrainingArguments` the defaults hold. Without a prior it is the Trainer it is mixed into, to the last bit.
+
+    With `prior_initialize`, the default, making the trainer sets the model to the prior's mean: where it is refused, or has no
+    `train_dataset` (it only evaluates or predicts), the model keeps its weights. To go on from a model that is fine-tuned
+    already pass `prior_initialize=False`.
 
     Args:
         prior: a Hub name, a folder, or a `PriorModel`; `args.prior` when None.
@@ -86,7 +97,9 @@ class PriorTrainerMixin(_TrainerBase):
         settings = kwargs.get("args", args[1] if len(args) > 1 else None)
         chosen = getattr(settings, "prior", None) if prior is None else prior
         self.args: Any = settings
+        self.train_dataset: Any = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)  # asked by call_model_init
         self._prior_name_map = prior_name_map
+        self._covered_names: frozenset[str] = frozenset()  # outlives a binding that fails
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
         self.prior_update: str | None = None
@@ -107,10 +120,10 @@ class PriorTrainerMixin(_TrainerBase):
             raise ValueError(
                 f"prior_update is {self._prior_settings['prior_update']!r}, expected one of {', '.join(map(repr, UPDATES))}."
             )
-        if self.model_init is None and self._prior_settings["prior_initialize"]:
+        penalty = self._bind()  # first: what is refused leaves the model as it came
+        if self.model_init is None and self._starts_at_the_mean():
             reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
             self.prior.initialize(self.model, **self._matching())
-        penalty = self._bind()
         logger.info(f"Prior: {penalty.report()}")
         self.add_callback(_BindPrior(self))
 
@@ -131,6 +144,15 @@ class PriorTrainerMixin(_TrainerBase):
             token=token,
         )
 
+    def _starts_at_the_mean(self) -> bool:
+        """Whether a model is to be set to the prior's mean; not for a trainer that only evaluates or predicts."""
+        if not self._prior_settings["prior_initialize"]:
+            return False
+        if self.train_dataset is None:
+            logger.info("Prior: no train_dataset, so the model keeps its own weights (prior_initialize has no effect).")
+            return False
+        return True
+
     def _matching(self) -> dict[str, Any]:
         return {
             "name_map": self._prior_name_map,
@@ -149,15 +171,18 @@ class PriorTrainerMixin(_TrainerBase):
             scale = choice.scale if choice is not None else None
             if head_variance is None:
                 head_variance = choice.head_variance if choice is not None else 1.0
+        num_examples = self._num_examples()
+        self.prior_penalty = None  # frees its copy of the prior on the accelerator before the next one is made
         self.prior_penalty = PriorPenalty(
             self.prior,
             self.model,
-            num_examples=self._num_examples(),
+            num_examples=num_examples,
             scale=scale,
             rank=settings["prior_rank"],
             head_variance=head_variance,
             **self._matching(),
         )
+        self._covered_names = self.prior_penalty.covered_names
         return self.prior_penalty
 
     def _choose_scale(self) -> None:
@@ -217,50 +242,57 @@ class PriorTrainerMixin(_TrainerBase):
             return len(dataset)
         except TypeError:
             raise ValueError(
-                "the training set has no length, so the N that the prior's penalty is divided by is not known. Pass "
-                "PriorTrainingArguments(prior_num_examples=...) with the number of different training examples (label tokens "
-                "for a loss that is a mean over tokens)."
+                "the training set has no length, so the N that the prior's penalty is divided by is not known. "
+                f"{self._how_to_pass_n()} the number of different training examples (label tokens for a loss that is a mean "
+                "over tokens)."
             ) from None
+
+    def _how_to_pass_n(self) -> str:
+        name = type(self.args).__name__
+        if hasattr(self.args, "prior_num_examples"):
+            return f"Pass {name}(prior_num_examples=...):"
+        return (
+            f"{name} has no prior_num_examples: use PriorTrainingArguments, or a class of your own, '@dataclass class "
+            f"Prior{name}(PriorArgumentsMixin, {name})', and pass prior_num_examples=...:"
+        )
 
     def _refuse_impossible_setups(self) -> None:
         if getattr(self, "is_deepspeed_enabled", False):
             raise ValueError("DeepSpeed partitions gradients in its own engine, where the prior cannot add its own: use FSDP2.")
         name = str(getattr(self.args.optim, "value", self.args.optim)).lower()
         if name in ("lomo", "adalomo") or "layerwise" in name:
-            raise ValueError(
-                f"optim={name!r} updates the weights inside backward, before the prior's gradient is added: choose another."
-            )
+            raise ValueError(_STEPS_IN_BACKWARD.format(f"optim={name!r}"))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer; a fresh model starts from the prior's mean."""
         model: nn.Module = super().call_model_init(trial)
-        if self.prior is not None and self._prior_settings["prior_initialize"]:
+        if self.prior is not None and self._starts_at_the_mean():
             self.prior.initialize(model, **self._matching())
         return model
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As Trainer, without the parameters that a prior holds already."""
         names: list[str] = super().get_decay_parameter_names(model)
-        if self.prior_penalty is None:
+        if not self._covered_names:
             return names
         canonical = raw_names(model)
-        return [name for name in names if canonical.get(name) not in self.prior_penalty.covered_names]
+        return [name for name in names if canonical.get(name) not in self._covered_names]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer; an optimizer that decays covered parameters is refused."""
-        if self.prior_penalty is not None:
+        """As Trainer; an optimizer that decays covered parameters, or steps inside backward, is refused."""
+        if self.prior is not None:
             reshard(self.model)  # else the optimizer would get the full tensors that an evaluation leaves, which nobody uses
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.prior_penalty is not None:
+        if self.prior is not None:
+            for kind in type(getattr(optimizer, "optimizer", optimizer)).__mro__:
+                if kind.__name__.lower() in ("lomo", "adalomo", "layerwisedummyoptimizer"):
+                    raise ValueError(_STEPS_IN_BACKWARD.format(f"the optimizer, {kind.__name__},"))
             self._refuse_double_decay(optimizer)
         return optimizer
 
     def _refuse_double_decay(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self.prior_penalty is not None  # noqa: S101
         names = raw_names(self.model)
-        covered = {
-            id(p): names[raw] for raw, p in self.model.named_parameters() if names.get(raw) in self.prior_penalty.covered_names
-        }
+        covered = {id(p): names[raw] for raw, p in self.model.named_parameters() if names.get(raw) in self._covered_names}
         for group in optimizer.param_groups:
             decay = group.get("weight_decay", 0) or 0
             decayed = [covered[id(p)] for p in group["params"] if id(p) in covered] if decay else []
@@ -355,8 +387,8 @@ class PriorTrainerMixin(_TrainerBase):
         if dense and self._prior_settings["prior_num_examples"] is None:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: the loss is a mean over tokens or pixels, so N is their number, "
-                "not the number of examples. Pass PriorTrainingArguments(prior_num_examples=...): the label tokens in the "
-                "training set (without ignored ones), or the images if each is to count as one observation."
+                f"not the number of examples. {self._how_to_pass_n()} the label tokens in the training set (without ignored "
+                "ones), or the images if each is to count as one observation."
             )
 
     @torch.no_grad()

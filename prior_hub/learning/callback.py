@@ -50,7 +50,8 @@ class SwagCallback(TrainerCallback):
         batch_norm: "recompute" runs the training data through the model at the mean when training ends; "last" stores
             the statistics of the last snapshot.
         batch_norm_batches: at most so many batches for that; all when None.
-        resume_from: folder with the state, if the checkpoint resumed from is not in `args.output_dir`.
+        resume_from: folder of the checkpoint resumed from, if it is not in `args.output_dir`. A state that was saved with
+            other weights than the model resumes with is refused.
 
     Attributes:
         estimator: the `SwagEstimator`.
@@ -119,7 +120,7 @@ class SwagCallback(TrainerCallback):
         own = folder / _rank_name()
         if own.is_file() or path.is_file():
             self.estimator.load(own if own.is_file() else path)
-            self.estimator.attach(model)  # refuse another model now, and learn how this one is sharded
+            self.estimator.attach(model)  # refuse another model or run now, and learn how this one is sharded
             if (folder / _RATES_NAME).is_file():
                 self._learning_rates = json.loads((folder / _RATES_NAME).read_text(encoding="utf-8"))
             return
@@ -150,7 +151,7 @@ class SwagCallback(TrainerCallback):
         sharded = model is not None and any(is_sharded(p) for p in model.parameters())
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if (state.is_world_process_zero or sharded) and folder.is_dir():
-            self.estimator.save(folder / (_rank_name() if sharded else _STATE_NAME))
+            self.estimator.save(folder / (_rank_name() if sharded else _STATE_NAME), model=model)
         if state.is_world_process_zero and folder.is_dir():
             (folder / _RATES_NAME).write_text(json.dumps(self._learning_rates), encoding="utf-8")
         del control

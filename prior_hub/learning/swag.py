@@ -14,6 +14,7 @@ where the spread is small against the weight; it is the unbiased one, so that wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,8 @@ class SwagEstimator:
         self._facts: dict[str, Any] = {}
         self._layout: dict[str, Any] = {}  # name -> (mesh, placements, full shape) of sharded parameters
         self._sharded = False  # whether a loaded state is one rank's part
+        self._loaded: Path | None = None  # the file of a loaded state,
+        self._weights: dict[str, str] = {}  # and name -> digest of the weights it was saved with
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -227,8 +230,14 @@ class SwagEstimator:
         state |= {f"ring.{name}": t for name, t in self._ring.items()}
         return state | {f"buffer.{name}": t for name, t in self._buffers.items()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as safetensors, atomically."""
+    def save(self, path: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+        """Write the state as safetensors, atomically.
+
+        Args:
+            path: the file.
+            model: the model at this point of training; digests of its trainable weights go into the file, so that `attach`
+                can tell whether a run is resumed with its own state.
+        """
         header = {
             "version": _STATE_VERSION,
             "rank": self.rank,
@@ -237,6 +246,7 @@ class SwagEstimator:
             "dtype": str(self.dtype).removeprefix("torch."),
             "sharded": bool(self._layout),
             "facts": self._facts,
+            "weights": None if model is None else _digests(model, trainable=True),
         }
         path = Path(path)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -273,6 +283,8 @@ class SwagEstimator:
         self.num_snapshots = int(header["num_snapshots"])
         self._facts = header["facts"]
         self._sharded = bool(header.get("sharded"))
+        self._loaded = Path(path)
+        self._weights = header.get("weights") or {}  # older states have none
         groups = {"mean": self._mean, "squares": self._squares, "ring": self._ring, "buffer": self._buffers}
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
@@ -284,10 +296,18 @@ class SwagEstimator:
         """Check that this is the model of the snapshots, and learn how its parameters are sharded now (after `load`).
 
         Raises:
-            PriorMatchError: it is another model.
+            PriorMatchError: it is another model, or not at the weights that the state was saved with.
         """
         reshard(model)
         self._covered(model)
+        present = _digests(model) if self._weights else {}
+        odd = [name for name, digest in self._weights.items() if present.get(name) != digest]
+        if odd:
+            raise PriorMatchError(
+                f"{self._loaded} is the state of another run or another step: {len(odd)} of the model's {len(self._weights)} "
+                f"trained tensors ({', '.join(map(repr, odd[:3]))}) have other values than when it was saved. Load the state "
+                "in the checkpoint that the weights are from: SwagCallback(resume_from=folder of that checkpoint)."
+            )
 
     def _covered(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parameters = canonical_parameters(model)
@@ -340,6 +360,18 @@ class SwagEstimator:
         stride = torch.empty(full_shape, device="meta").stride()
         sharded = DTensor.from_local(local.to(mesh.device_type), mesh, moved, run_check=False, shape=full_shape, stride=stride)
         return sharded.full_tensor().cpu()
+
+
+def _digests(model: nn.Module, *, trainable: bool = False) -> dict[str, str]:
+    """name -> SHA-256 (64 bits of it) of this rank's values, of all parameters or the trainable ones."""
+    digests = {}
+    for name, parameter in canonical_parameters(model).items():
+        if parameter.requires_grad or not trainable:
+            values = local_tensor(parameter).detach().contiguous().cpu()
+            digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+            digests[name] = digest.hexdigest()[:16]
+    return digests
 
 
 def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str, Any]:
