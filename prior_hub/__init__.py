@@ -35,14 +35,12 @@ _LAZY = {
     "PriorTrainer": "prior_hub.finetuning.trainer",
     "PriorTrainerMixin": "prior_hub.finetuning.trainer",
     "PriorTrainingArguments": "prior_hub.finetuning.arguments",
-    "ScaleChoice": "prior_hub.finetuning.scale",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.learning.batch_norm",
-    "select_scale": "prior_hub.finetuning.scale",
 }
 
 __all__ = [
@@ -64,7 +62,6 @@ __all__ = [
     "PriorTrainingArguments",
     "PriorWarning",
     "ProximalStep",
-    "ScaleChoice",
     "SwagCallback",
     "SwagEstimator",
     "__version__",
@@ -72,14 +69,12 @@ __all__ = [
     "match_parameters",
     "push_prior_to_hub",
     "recompute_batch_norm",
-    "select_scale",
 ]
 
 if TYPE_CHECKING:
     from prior_hub.finetuning.arguments import PriorArgumentsMixin, PriorTrainingArguments
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
-    from prior_hub.finetuning.scale import ScaleChoice, select_scale
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
     from prior_hub.learning.batch_norm import recompute_batch_norm
     from prior_hub.learning.callback import SwagCallback

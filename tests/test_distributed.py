@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, random_prior
 from safetensors.torch import load_file
-from worker_training import CLIP, NATIVE_FSDP2, ROWS, SCENARIOS, STEPS, WATCHED, train
+from worker_training import CLIP, IMPLICIT, NATIVE_FSDP2, ROWS, SCENARIOS, STEPS, WATCHED, train
 
 from prior_hub import PriorModel, PriorTrainer
 from prior_hub.distributed import contribution, copy_full_, is_sharded, local_tensor, shard_like, sum_over_ranks
@@ -36,6 +36,7 @@ SAME = 1e-5
 fsdp2 = pytest.mark.skipif(not NATIVE_FSDP2, reason="this transformers does not train models that it sharded when loading")
 FSDP2_RUNS = (pytest.param("fsdp vit", marks=fsdp2), pytest.param("fsdp resnet", marks=fsdp2))
 RUNS = ("ddp vit", "ddp resnet", "ddp unused", *FSDP2_RUNS)
+IMPLICIT_RUNS = [f"ddp {name}" for name in IMPLICIT] + [pytest.param(f"fsdp {name}", marks=fsdp2) for name in IMPLICIT]
 
 
 def start(script: str, *arguments: str, processes: int | None) -> None:
@@ -57,7 +58,8 @@ def folder(tmp_path_factory) -> Path:
         model = make()
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(path / "model" / name)
-        random_prior(model, head=() if name == "unused" else "auto").save_pretrained(path / "prior" / name)
+        stiff = {"variance": 1e-5, "shift": 0.01} if name in IMPLICIT else {}
+        random_prior(model, head=() if name == "unused" else "auto", **stiff).save_pretrained(path / "prior" / name)
     return path
 
 
@@ -99,7 +101,7 @@ def flat(tensors, names) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- DDP and FSDP2, training
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *IMPLICIT_RUNS])
 def test_final_weights_are_those_of_one_process(ranks, one_process, name):
     """Six SGD steps with accumulation 2 and clipping, under a prior whose gradient is clipped along with the data's."""
     (facts, tensors), (_, other) = ranks
@@ -151,7 +153,15 @@ def test_some_shards_are_empty_and_some_uneven(ranks):
     assert [facts["fsdp vit"]["empty_shards"] for facts, _ in ranks] == [0, 2]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", IMPLICIT_RUNS)
+def test_the_implicit_step_of_two_processes_is_taken_where_a_gradient_step_would_diverge(ranks, name):
+    for facts, _ in ranks:
+        assert facts[name]["update"] == "implicit"
+        assert facts[name]["curvature"] * 0.02 > 100  # learning rate x largest precision / N
+        assert facts[name]["warnings"] == []
+
+
+@pytest.mark.parametrize("name", [*RUNS, *IMPLICIT_RUNS])
 def test_logs_are_those_of_one_process_and_of_the_formula(ranks, one_process, folder, name):
     (facts, tensors), (others, _) = ranks
     ours, theirs, single = (

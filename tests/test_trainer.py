@@ -742,11 +742,6 @@ def test_settings_parse_from_the_command_line():
         "prior_subfolder": "prior",
     }
     assert given.weight_decay == 0.01
-    (given,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--prior_scale", "auto"])
-    assert (given.prior_scale, given.prior_update) == ("auto", "auto")
-    assert parser.parse_args_into_dataclasses(["--output_dir", "out"])[0].prior_scale is None
-    with pytest.raises(ValueError, match="prior_scale is 'wide', expected a number or 'auto'"):
-        parser.parse_args_into_dataclasses(["--output_dir", "out", "--prior_scale", "wide"])
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
     expected = {f.name: f.default for f in dataclasses.fields(PriorArgumentsMixin)}
     assert {k: v for k, v in vars(default).items() if k.startswith("prior")} == expected

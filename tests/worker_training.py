@@ -37,7 +37,11 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vit": (tiny_vit, {"max_grad_norm": 0.5, "prior_head_variance": 0.5, **EVALUATING}),
     "resnet": (tiny_resnet, {"max_grad_norm": 1.0, "learning_rate": 0.005, **EVALUATING}),
     "unused": (lambda: Unused(), {"max_grad_norm": 0.5}),
+    "implicit": (tiny_vit, {"max_grad_norm": 0.1, "prior_head_variance": 0.5, "prior_update": "implicit", **EVALUATING}),
+    "adamw": (tiny_vit, {"optim": "adamw_torch", "prior_head_variance": 0.5, "prior_update": "implicit"}),
 }
+IMPLICIT = ("implicit", "adamw")  # the prior as a step of its own, far too stiff for a gradient
+GRADIENT = tuple(name for name in SCENARIOS if name not in IMPLICIT)
 
 
 class Unused(nn.Module):
@@ -150,6 +154,7 @@ def train(
         "history": trainer.state.log_history,
         "eval_losses": [evaluated, again],
         "warnings": [str(w.message) for w in caught],
+        "update": trainer.prior_update,
         "penalty": float(trainer.prior_penalty.penalty()),  # type: ignore[union-attr]
         "curvature": trainer.prior_penalty.curvature(),  # type: ignore[union-attr]
     }
@@ -284,6 +289,9 @@ def main() -> None:
 
     for name in SCENARIOS:
         keep(f"ddp {name}", train(name, folder, 2)[2])
+    for name in IMPLICIT if NATIVE_FSDP2 else ():
+        keep(f"fsdp {name}", train(name, folder, 2, sharded=True)[2])
+    for name in GRADIENT:
         keep(f"watched ddp {name}", watched(name, folder, sharded=False))
     for name in ("vit", "resnet") if NATIVE_FSDP2 else ():
         trainer, swag, result = train(name, folder, 2, sharded=True)

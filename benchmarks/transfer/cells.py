@@ -1,7 +1,11 @@
 """One cell of the grid: a task, a training-set size, a seed, a method and its strength -> one fine-tuning, one row.
 
-A method is a function (task, prior, strength) -> what PriorTrainer is given; a task brings model, data and metrics. A further
-method (an average over the posterior) or task (segmentation, text) is one more entry of METHODS or TASKS.
+A method is a function (prior, strength) -> (prior, settings) for PriorTrainer, None for no prior; a task brings model, data and
+metrics. A further method (an average over the posterior) or task (segmentation, text) is one more entry of METHODS or TASKS.
+
+Every method starts from the same weights: the prior's mean, its BatchNorm statistics, and a head fitted on the frozen features
+by logistic regression, whose variance is chosen by cross-validation on the n images and is the head prior's variance too. With
+a new random head the number of steps, not the prior, decides how good it gets, and a wide prior wins because it trains faster.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from prior_hub import PriorModel, PriorTrainer, PriorTrainingArguments, SwagCallback, isotropic_prior
@@ -35,7 +39,7 @@ class Cell:
     method: str
     n: int
     seed: int
-    strength: float  # weight decay, variance or scale; 0 for "auto"
+    strength: float  # weight decay, variance or scale
 
     def key(self) -> tuple[Any, ...]:
         """As it stands in the CSV."""
@@ -83,11 +87,16 @@ class CifarTask:
             learned.save_pretrained(folder)
         return PriorModel.from_pretrained(folder)
 
-    def model(self, prior: PriorModel) -> nn.Module:
-        """The target model at the prior's mean with a new head."""
+    def model(self, prior: PriorModel, images: Images) -> tuple[nn.Module, float]:
+        """The target model at the prior's mean with a fitted head, and the variance of that head's prior."""
         model = ResNet20(20)
         prior.initialize(model)
-        return model
+        features: list[Tensor] = []
+        handle = model.linear.register_forward_hook(lambda _module, inputs, _output: features.append(inputs[0]))
+        measure(model, images)
+        handle.remove()
+        variance = fit_head(model.linear, torch.cat(features).double(), images.labels)
+        return model, variance
 
     def data(self, n: int, seed: int) -> Images:
         """n labelled images; seed 0 takes the first n rows of the shuffled data set, and so on (with wrap-around)."""
@@ -148,27 +157,27 @@ def low_rank(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dic
     return prior.rescaled(strength), {}
 
 
-def low_rank_auto(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
-    """The learned prior, nothing tuned: its scale and the head's variance from the training set itself."""
-    del strength
-    return prior, {"prior_scale": "auto"}
+def frozen(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """No training: the head alone, on the features at the prior's mean."""
+    del prior, strength
+    return None, {}
 
 
 METHODS = {
+    "frozen": frozen,
     "plain": plain,
     "zero-mean": zero_mean,
     "at the mean": at_the_mean,
     "diagonal": diagonal,
     "low rank": low_rank,
-    "low rank, auto": low_rank_auto,
 }
 NAMES = {
+    "frozen": "frozen features, fitted head",
     "plain": "plain fine-tuning",
     "zero-mean": "zero-mean isotropic prior",
     "at the mean": "isotropic prior at the mean",
     "diagonal": "learned prior, diagonal",
     "low rank": "learned low-rank prior",
-    "low rank, auto": 'learned low-rank prior, prior_scale="auto"',
 }
 
 
@@ -208,33 +217,68 @@ def measure(model: nn.Module, images: Images) -> dict[str, float]:
     return {"accuracy": right.mean().item(), "nll": nll, "ece": ece}
 
 
-def run_cell(cell: Cell, config: dict[str, Any], work: Path, task: CifarTask | None = None) -> dict[str, Any]:
+def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, folds: int = 5) -> float:
+    """Logistic regression in place; the variance of its weights' prior, by cross-validation over half-decades."""
+    design = torch.cat([features, features.new_ones(len(features), 1)], 1)
+    part = torch.arange(len(labels)) % folds
+    classes = head.out_features
+
+    def fitted(rows: Tensor, variance: float) -> Tensor:
+        weights = torch.zeros(classes, design.shape[1], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            nll = nn.functional.cross_entropy(design[rows] @ weights.T, labels[rows], reduction="sum")
+            loss = nll + weights.square().sum() / (2 * variance)
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)
+        return weights.detach()
+
+    def score(variance: float) -> float:
+        held = [design[part == f] @ fitted(part != f, variance).T for f in range(folds)]
+        own = torch.cat([labels[part == f] for f in range(folds)])
+        return nn.functional.cross_entropy(torch.cat(held), own).item()
+
+    candidates = [10 ** (k / 2) for k in range(-5, 3)]  # 0.003 to 10
+    chosen = min(candidates, key=score)
+    weights = fitted(part >= 0, chosen)
+    with torch.no_grad():
+        head.weight.copy_(weights[:, :-1])
+        head.bias.copy_(weights[:, -1])
+    return chosen
+
+
+def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, Any]:
     """Fine-tune and measure: the row."""
-    task = task or TASKS[config["task"]](config, work)
     began = time.perf_counter()
     prior = task.prior()
     fit, validation = task.tuning(cell.n, cell.seed) if cell.stage == "tune" else (task.data(cell.n, cell.seed), None)
     chosen, extra = METHODS[cell.method](prior, cell.strength)
     t = config["target"]
-    steps = t["steps"][t["numbers"].index(cell.n)]
+    steps = 0 if cell.method == "frozen" else t["steps"][t["numbers"].index(cell.n)]
     settings: dict[str, Any] = {
         "max_steps": steps,
         "learning_rate": t["learning_rate"],
-        "lr_scheduler_type": t["schedule"],
+        "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": min(t["batch_size"], len(fit)),
         "seed": cell.seed,
         **extra,
     }
     set_seed(1000 + cell.seed)
-    model = task.model(prior)
-    row: dict[str, Any] = {**asdict(cell), "scale": "", "head_variance": ""}
-    if chosen is None:
+    model, head_variance = task.model(prior, fit)
+    row: dict[str, Any] = {**asdict(cell), "strength": f"{cell.strength:g}", "head_variance": f"{head_variance:.3g}"}
+    if steps == 0:  # the frozen features: where every method starts
+        pass
+    elif chosen is None:
         train(Trainer, model, settings, fit)
     else:
-        head = {"prior_initialize": False, "prior_head_variance": t["head_variance"]}
+        head = {"prior_initialize": False, "prior_head_variance": head_variance}
         trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
-        row["scale"] = f"{trainer.prior_penalty.gaussian.scale:.6g}"
-        row["head_variance"] = f"{trainer.prior_penalty.head_variance:.4g}"
+        row["update"] = trainer.prior_update
+    row.setdefault("update", "")
     seconds = time.perf_counter() - began
     row |= {k: f"{v:.5f}" for k, v in measure(model, validation if validation is not None else task.test()).items()}
     forgotten = task.forgetting(model) if cell.stage == "final" else {"source_accuracy": "", "source_nll": ""}

@@ -17,11 +17,10 @@ class PriorArgumentsMixin:
 
     Attributes:
         prior: Hub name or folder of the prior; `PriorTrainer(prior=...)` wins over it.
-        prior_scale: scale of the prior's covariance, a number; "auto": chosen from the training set before training, and
-            the head's variance with it (see `select_scale`; classification only); the stored one when None.
+        prior_scale: scale of the prior's covariance; the stored one when None.
         prior_rank: use only this many deviations; all when None, 0 for a diagonal prior.
         prior_head_variance: variance of the zero-mean prior over parameters the prior does not know; None leaves them to
-            weight_decay, or to prior_scale="auto".
+            weight_decay.
         prior_update: how the prior enters a step: "gradient" (added to the data's gradient), "implicit" (a step of its own
             after the optimizer's, stable at any scale and learning rate, with the same solution), or "auto": implicit where
             a gradient step would overshoot.
@@ -38,12 +37,9 @@ class PriorArgumentsMixin:
     prior: str | None = field(
         default=None, metadata={"help": "Hub name (organisation/name) or folder of the prior to fine-tune under."}
     )
-    prior_scale: float | str | None = field(
+    prior_scale: float | None = field(
         default=None,
-        metadata={
-            "help": "Scale of the prior's covariance: larger lets the data move the weights more. 'auto': chosen from the "
-            "training set, with the head's variance, before training (classification only). Default: as stored."
-        },
+        metadata={"help": "Scale of the prior's covariance: larger lets the data move the weights more. Default: as stored."},
     )
     prior_rank: int | None = field(
         default=None, metadata={"help": "Use only this many deviations of the prior (0: its diagonal). Default: all."}
@@ -87,17 +83,6 @@ class PriorArgumentsMixin:
     )
     prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
     prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})
-
-    def __post_init__(self) -> None:
-        """Numbers may come as text from a command line."""
-        if isinstance(self.prior_scale, str) and self.prior_scale != "auto":
-            try:
-                self.prior_scale = float(self.prior_scale)
-            except ValueError:
-                raise ValueError(f"prior_scale is {self.prior_scale!r}, expected a number or 'auto'.") from None
-        further = getattr(super(), "__post_init__", None)
-        if further is not None:
-            further()
 
 
 @dataclass

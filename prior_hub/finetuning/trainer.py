@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.penalty import PriorPenalty
 from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update
-from prior_hub.finetuning.scale import ScaleChoice, select_scale
 from prior_hub.model import PriorModel
 from prior_hub.priors.matching import NameMap, raw_names
 
@@ -85,7 +81,6 @@ class PriorTrainerMixin(_TrainerBase):
 
     model_accepts_loss_kwargs: bool
     prior_update: str | None  # "gradient" or "implicit": how the prior entered the last training, None before it
-    prior_scale_choice: ScaleChoice | None  # what prior_scale="auto" found when the last training began
 
     def __init__(
         self,
@@ -103,7 +98,6 @@ class PriorTrainerMixin(_TrainerBase):
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
         self.prior_update: str | None = None
-        self.prior_scale_choice: ScaleChoice | None = None
         self._proximal: ProximalStep | None = None
         self._nll_total: Tensor | None = None
         self._prior_total: Tensor | None = None
@@ -164,72 +158,19 @@ class PriorTrainerMixin(_TrainerBase):
     def _bind(self) -> PriorPenalty:
         """Bind the prior to the parameters as they are now (after wrapping and sharding: called when training begins)."""
         assert self.prior is not None  # noqa: S101
-        settings, choice = self._prior_settings, self.prior_scale_choice
-        scale, head_variance = settings["prior_scale"], settings["prior_head_variance"]
-        if scale == "auto":
-            # before training begins there is no choice yet, but it is known that the head will have a prior
-            scale = choice.scale if choice is not None else None
-            if head_variance is None:
-                head_variance = choice.head_variance if choice is not None else 1.0
         num_examples = self._num_examples()
         self.prior_penalty = None  # frees its copy of the prior on the accelerator before the next one is made
         self.prior_penalty = PriorPenalty(
             self.prior,
             self.model,
             num_examples=num_examples,
-            scale=scale,
-            rank=settings["prior_rank"],
-            head_variance=head_variance,
+            scale=self._prior_settings["prior_scale"],
+            rank=self._prior_settings["prior_rank"],
+            head_variance=self._prior_settings["prior_head_variance"],
             **self._matching(),
         )
         self._covered_names = self.prior_penalty.covered_names
         return self.prior_penalty
-
-    def _choose_scale(self) -> None:
-        """prior_scale="auto": from the training set, on the first process, for all of them."""
-        assert self.prior is not None  # noqa: S101
-        settings = self._prior_settings
-        rank = settings["prior_rank"]
-        found: list[ScaleChoice | None] = [None]
-        failure: Exception | None = None
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = select_scale(
-                    self.prior if rank is None else self.prior.truncated(rank),
-                    self.model,
-                    self._first_batches(),
-                    head_variance=settings["prior_head_variance"],
-                    progress=not self.args.disable_tqdm,
-                    seed=self.args.seed,
-                    **self._matching(),
-                )
-            except Exception as error:  # noqa: BLE001 - raised again below, on every process: the others wait for an answer
-                failure = error
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if failure is not None:
-            raise failure
-        if found[0] is None:
-            raise ValueError("prior_scale='auto' failed on the first process, which says why.")
-        self.prior_scale_choice = found[0]
-        logger.warning_advice(f"prior_scale='auto': {found[0]}.")
-
-    def _first_batches(self) -> Iterator[dict[str, Any]]:
-        """Training examples as the model will get them, in an order of their own; no generator of the training is moved."""
-        dataset: Any = self.train_dataset
-        numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what augmentations draw from
-        try:
-            with torch.random.fork_rng():
-                set_seed(self.args.seed)
-                options: dict[str, Any] = {"batch_size": 32, "collate_fn": self.data_collator}
-                if hasattr(dataset, "column_names"):
-                    dataset = self._remove_unused_columns(dataset, description="training")
-                if not isinstance(dataset, torch.utils.data.IterableDataset):
-                    options |= {"shuffle": True, "generator": torch.Generator().manual_seed(self.args.seed)}
-                yield from torch.utils.data.DataLoader(dataset, **options)
-        finally:
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            random.setstate(python_state)
 
     def _num_examples(self) -> int:
         given = self._prior_settings["prior_num_examples"]
@@ -358,8 +299,6 @@ class PriorTrainerMixin(_TrainerBase):
         self._reset_totals()
         self._probed = False
         self._detach()
-        if self._prior_settings["prior_scale"] == "auto":
-            self._choose_scale()
         penalty = self._bind()
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         asked = self._prior_settings["prior_update"]

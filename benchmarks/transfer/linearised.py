@@ -46,7 +46,7 @@ __all__ = ["ScaleChoice", "select_scale"]
 
 METHODS = ("loo", "evidence")
 _SKETCH = 1 << 16  # length of a row of J S^(1/2)
-_MOST_EXAMPLES = 512
+DEBUG = None
 _LOWEST, _HIGHEST = -4.0, 8.0  # decades of the variance that the prior gives to a logit
 
 
@@ -93,7 +93,7 @@ def select_scale(
     method: str = "loo",
     head_variance: float | None = None,
     max_passes: int = 1000,
-    max_examples: int | None = None,
+    max_examples: int = 1000,
     progress: bool = True,
     seed: int = 0,
     **matching: Any,
@@ -148,33 +148,32 @@ def select_scale(
         prior.initialize(model, **matching)
         model.eval()
         with torch.random.fork_rng(devices=_devices(parameters)):
-            inputs, labels, classes = _examples(model, batches, max_passes, max_examples)
-            features, head = _features(model, inputs)
-            owner = next((n for n, m in model.named_modules() if m is head), "")
-            new_head = f"{owner}.weight".lstrip(".") not in {*match.pairs.values()} and head.weight.requires_grad
+            sample = _examples(model, batches, max_examples)
+            head = _last_layer(model, sample)
+            names = {id(p): name for name, p in parameters.items()}
+            new_head = names.get(id(head.weight)) not in {*match.pairs.values()} and head.weight.requires_grad
+            count = min(len(sample.labels), max(2, max_passes // sample.classes))
+            if new_head:  # the head that the gradients pass through must not know the labels they are compared with
+                count = min(count, len(sample.labels) // 2)
+            labels = sample.labels[:count]
             gaussian = prior.gaussian.select(tuple(trained)).rescaled(1.0)
+            variance, head_scores, head_kernel = None, {}, None
+            mean = sample.logits[:count]
             if new_head:
-                design = torch.cat([features, features.new_ones(len(features), 1)], 1)  # (M, F + 1)
-                kernel_head = torch.kron(design @ design.T, torch.eye(classes, dtype=torch.float64))
-                typical = float((design.square().sum(1)).mean())
-                process = _Process(torch.zeros(len(labels), classes, dtype=torch.float64), labels)
-                if head_variance is None:
-                    found = _walk(lambda d: process.score(kernel_head * (10**d / typical), method), 0.0, 0.5)
-                    variance = 10 ** found[0] / typical
-                    head_scores = {10**d / typical: v for d, v in found[1].items()}
-                else:
-                    variance, head_scores = head_variance, {}
-                _set_head(head, design, labels, classes, variance)
-            else:
-                variance, head_scores, kernel_head = None, {}, None
-                with torch.no_grad():
-                    logits = torch.cat([_logits(model(**one)).double().cpu() for one in inputs])
-                process = _Process(logits, labels)
-            kernel, unscaled = _kernels(model, inputs, classes, gaussian, trained, progress, seed)
+                design = torch.cat([sample.features, sample.features.new_ones(len(sample.features), 1)], 1)  # (n, F + 1)
+                variance = head_variance
+                if variance is None:
+                    variance, head_scores = _head_variance(design, sample.labels, sample.classes)
+                fitted = _regression(design[count:], sample.labels[count:], sample.classes, variance)
+                _set_head(head, fitted)
+                head_kernel = torch.kron(design[:count] @ design[:count].T, torch.eye(sample.classes, dtype=torch.float64))
+                mean = torch.zeros_like(mean)
+            kernel, unscaled = _kernels(model, sample.inputs[:count], sample.classes, gaussian, trained, progress, seed)
     finally:
         state.restore()
 
-    fixed = unscaled if kernel_head is None or variance is None else kernel_head * variance + unscaled
+    process = _Process(mean, labels)
+    fixed = unscaled if head_kernel is None or variance is None else head_kernel * variance + unscaled
     frozen = process.score(fixed - unscaled, method)
     spread = float(kernel.diagonal().mean())  # variance that scale 1 gives to a logit
     if not spread > 0:
@@ -185,17 +184,17 @@ def select_scale(
 
     best, seen = _walk(scored, 1.0, 1.0)
     best, seen = _walk(scored, best, 0.5, seen)
-    if kernel_head is not None and variance is not None and head_variance is None:
-        # the features move now, and the head may need another variance than on frozen ones
-        scaled = unscaled + (10**best / spread) * kernel
-        start = math.log10(variance * typical)
-        found = _walk(lambda d: process.score(kernel_head * (10**d / typical) + scaled, method), start, 0.5)
-        variance = 10 ** found[0] / typical
-        head_scores = {10**d / typical: v for d, v in found[1].items()}
-        fixed = kernel_head * variance + unscaled
-        best, seen = _walk(scored, best, 0.5)
     scale = 10 ** _vertex(best, 0.5, seen) / spread
     scores = {10**d / spread: v for d, v in seen.items()}
+    if DEBUG is not None:
+        DEBUG.update(
+            kernel=kernel,
+            head_kernel=head_kernel,
+            labels=labels,
+            variance=variance,
+            spread=spread,
+            w0=(design[:count] @ fitted.T),
+        )
     return ScaleChoice(
         scale=scale,
         head_variance=variance,
@@ -382,66 +381,68 @@ def _kernels(
     return kernels[0] + gaussian.low_rank_weight * projected @ projected.T, kernels[1]
 
 
-def _examples(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], max_passes: int, max_examples: int | None
-) -> tuple[list[dict[str, Any]], Tensor, int]:
-    """M single-example inputs on the model's device, their labels (M,), and C."""
+@dataclass
+class _Sample:
+    """Training examples: one input each, labels (n,), logits (n, C) and, once known, features (n, F), float64 on the CPU."""
+
+    inputs: list[dict[str, Any]]
+    labels: Tensor
+    logits: Tensor
+    features: Tensor
+    classes: int
+
+
+@torch.no_grad()
+def _examples(model: nn.Module, batches: Iterable[Mapping[str, Any]], most: int) -> _Sample:
+    """The first `most` examples, on the model's device, and the model's logits."""
     device = next(model.parameters()).device
     inputs: list[dict[str, Any]] = []
-    found: list[Tensor] = []
-    classes = 0
-    wanted = max_examples or _MOST_EXAMPLES
+    labels: list[Tensor] = []
+    logits: list[Tensor] = []
     for batch in batches:
-        labels = batch.get("labels")
-        integers = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        if not integers:
-            shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        given = batch.get("labels")
+        if not (isinstance(given, Tensor) and given.ndim == 1 and not given.is_floating_point()):
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(
                 f"the scale can be chosen for classification with one class index per example; labels are {shape}. Pass "
                 "prior_scale as a number."
             )
-        assert isinstance(labels, Tensor)  # noqa: S101
-        for i in range(len(labels)):
-            one = {k: v[i : i + 1].to(device) for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
-            if not inputs:
-                with torch.no_grad():
-                    logits = _logits(model(**one))
-                if logits.ndim != 2 or not torch.isfinite(logits).all():
-                    raise PriorNumericsError(f"logits at the prior's mean have shape {tuple(logits.shape)} or are not finite.")
-                classes = logits.shape[1]
-                wanted = min(wanted, max(2, max_passes // classes))
-            inputs.append(one)
-            found.append(labels[i].cpu())
-            if len(inputs) == wanted:
-                break
-        if len(inputs) >= wanted:
+        given = given[: most - len(inputs)]
+        tensors = {k: v[: len(given)].to(device) for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
+        inputs += [{k: v[i : i + 1] for k, v in tensors.items()} for i in range(len(given))]
+        labels.append(given.cpu().long())
+        logits.append(_logits(model(**tensors)).double().cpu())
+        if len(inputs) >= most:
             break
-    if len(inputs) < 2:
-        raise ValueError(f"there are {len(inputs)} training examples; choosing the scale takes two or more.")
-    labels = torch.stack(found).long()
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {classes} classes.")
-    return inputs, labels, classes
+    if len(inputs) < 4:
+        raise ValueError(f"there are {len(inputs)} training examples; choosing the scale takes four or more.")
+    together, outputs = torch.cat(labels), torch.cat(logits)
+    if outputs.ndim != 2 or not torch.isfinite(outputs).all():
+        raise PriorNumericsError(f"logits at the prior's mean have shape {tuple(outputs.shape)} or are not finite.")
+    classes = outputs.shape[1]
+    if int(together.min()) < 0 or int(together.max()) >= classes:
+        raise ValueError(f"labels run from {int(together.min())} to {int(together.max())}, the model has {classes} classes.")
+    return _Sample(inputs, together, outputs, outputs.new_empty(0), classes)
 
 
 @torch.no_grad()
-def _features(model: nn.Module, inputs: list[dict[str, Any]]) -> tuple[Tensor, nn.Linear]:
-    """What goes into the last linear layer, (M, F) float64, and that layer: the one whose output is the logits."""
+def _last_layer(model: nn.Module, sample: _Sample) -> nn.Linear:
+    """The linear layer whose output is the logits; what goes into it becomes the sample's features."""
     seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
     def look(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, nn.Linear)  # noqa: S101
+        assert isinstance(module, nn.Linear)
         seen.append((module, arguments[0], output))
 
     handles = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, nn.Linear)]
     features: list[Tensor] = []
-    head = None
+    head: nn.Linear | None = None
     try:
-        for one in inputs:
+        for one in sample.inputs:
             seen.clear()
             logits = _logits(model(**one))
             ends = [(m, x) for m, x, y in seen if y.shape == logits.shape and torch.equal(y, logits)]
-            if not ends or (head is not None and ends[-1][0] is not head):
+            if not ends or head not in (None, ends[-1][0]):
                 raise ValueError(
                     "the model's logits are not the output of one linear layer, which choosing the scale relies on. Pass "
                     "prior_scale (and prior_head_variance) as numbers."
@@ -451,12 +452,34 @@ def _features(model: nn.Module, inputs: list[dict[str, Any]]) -> tuple[Tensor, n
     finally:
         for handle in handles:
             handle.remove()
-    assert head is not None  # noqa: S101
-    return torch.cat(features), head
+    assert head is not None
+    sample.features = torch.cat(features)
+    return head
 
 
-def _set_head(head: nn.Linear, design: Tensor, labels: Tensor, classes: int, variance: float) -> None:
-    """Multinomial logistic regression with W ~ N(0, variance), in place: where the network is taken to first order."""
+# --------------------------------------------------------------------------------------------------------------- the head
+
+
+def _head_variance(design: Tensor, labels: Tensor, classes: int, folds: int = 5) -> tuple[float, dict[float, float]]:
+    """The variance of the head's prior with the lowest cross-validated NLL on the features at the mean, and all of them."""
+    typical = float(design.square().sum(1).mean())
+    part = torch.arange(len(labels)) % min(folds, len(labels))
+
+    def score(decade: float) -> float:
+        total = 0.0
+        for fold in range(int(part.max()) + 1):
+            inside = part != fold
+            weights = _regression(design[inside], labels[inside], classes, 10**decade / typical)
+            logits = design[~inside] @ weights.T
+            total += float(nn.functional.cross_entropy(logits, labels[~inside], reduction="sum"))
+        return total / len(labels)
+
+    best, seen = _walk(score, 0.5, 0.5)
+    return 10 ** _vertex(best, 0.5, seen) / typical, {10**d / typical: v for d, v in seen.items()}
+
+
+def _regression(design: Tensor, labels: Tensor, classes: int, variance: float) -> Tensor:
+    """Multinomial logistic regression with weights ~ N(0, variance): (C, F + 1)."""
     weights = torch.zeros(classes, design.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -469,11 +492,14 @@ def _set_head(head: nn.Linear, design: Tensor, labels: Tensor, classes: int, var
 
     with torch.enable_grad():
         optimizer.step(objective)  # type: ignore[no-untyped-call]
-    found = weights.detach()
-    with torch.no_grad():
-        head.weight.copy_(found[:, :-1])
-        if head.bias is not None:
-            head.bias.copy_(found[:, -1])
+    return weights.detach()
+
+
+@torch.no_grad()
+def _set_head(head: nn.Linear, weights: Tensor) -> None:
+    head.weight.copy_(weights[:, :-1])
+    if head.bias is not None:
+        head.bias.copy_(weights[:, -1])
 
 
 def _logits(output: Any) -> Tensor:

@@ -1,0 +1,170 @@
+"""The transfer grid: source -> prior -> target, over methods, training-set sizes and seeds, cell by cell.
+
+    python benchmarks/transfer/run.py benchmarks/transfer/cifar.toml                 # run what is missing, two at a time
+    python benchmarks/transfer/run.py benchmarks/transfer/cifar.toml --list          # what is done and what is not
+    python benchmarks/transfer/run.py benchmarks/transfer/cifar.toml --only n=500 method="low rank" seed=1 --again
+
+A cell is one fine-tuning; its row is appended to results/CONFIG.csv as soon as it ends, and a row that is there is not run
+again, so that the grid can be stopped at any time and goes on where it was. Stages: `tune` (every candidate of every method
+on four fifths of the first seed's n images, measured on the fifth), `final` (the candidate with the lowest validation NLL,
+on all n images of every seed, measured once on the test set), `oracle` (candidates measured on the test set: only to say what
+a choice on validation data misses). Nothing chosen depends on a test image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import platform
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+COLUMNS = (
+    *("task", "stage", "method", "n", "seed", "strength"),
+    *("accuracy", "nll", "ece", "source_accuracy", "source_nll"),
+    *("head_variance", "update", "steps", "seconds", "threads", "torch", "machine"),
+)
+KEY = ("stage", "method", "n", "seed", "strength")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows so far."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What identifies a row."""
+    return tuple(f"{float(row[k]):g}" if k == "strength" else str(row[k]) for k in KEY)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Write one row at the end, with the heading if the file is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def chosen(rows: list[dict[str, str]], method: str, n: int, candidates: list[float]) -> float | None:
+    """The candidate with the lowest validation NLL; None while one is missing."""
+    scores = {
+        float(r["strength"]): float(r["nll"])
+        for r in rows
+        if r["stage"] == "tune" and r["method"] == method and int(r["n"]) == n and float(r["strength"]) in candidates
+    }
+    return min(scores, key=scores.__getitem__) if len(scores) == len(candidates) else None
+
+
+def cells(config: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """Every cell that can be named now (finals once their candidates are known), small training sets first."""
+    for n in config["target"]["numbers"]:
+        for method, candidates in config["strengths"].items():
+            for strength in candidates:
+                yield {"stage": "tune", "method": method, "n": n, "seed": config["seeds"][0], "strength": strength}
+        for seed in config["seeds"]:
+            yield {"stage": "final", "method": "frozen", "n": n, "seed": seed, "strength": 0.0}
+            for method, candidates in config["strengths"].items():
+                strength = chosen(rows, method, n, candidates)
+                if strength is not None:
+                    yield {"stage": "final", "method": method, "n": n, "seed": seed, "strength": strength}
+        for method, strengths in config.get("oracle", {}).items():
+            if method == "seeds":
+                continue
+            for seed in config["oracle"]["seeds"]:
+                for strength in strengths:
+                    yield {"stage": "oracle", "method": method, "n": n, "seed": seed, "strength": strength}
+
+
+def matches(cell: dict[str, Any], only: list[str]) -> bool:
+    """Whether a cell has all the KEY=VALUE pairs."""
+    for pair in only:
+        name, _, value = pair.partition("=")
+        if name not in KEY:
+            raise SystemExit(f"--only {pair}: the names are {', '.join(KEY)}.")
+        if name == "strength":
+            if float(value) != cell[name]:
+                return False
+        elif value != str(cell[name]):
+            return False
+    return True
+
+
+def work(job: tuple[dict[str, Any], dict[str, Any], str, int]) -> dict[str, Any]:
+    """One cell in a process of its own."""
+    import cells as grid
+    import torch
+
+    cell, config, folder, threads = job
+    torch.set_num_threads(threads)
+    if folder not in _TASKS:
+        _TASKS[folder] = grid.TASKS[config["task"]](config, Path(folder))
+    row = grid.run_cell(grid.Cell(task=config["task"], **cell), config, _TASKS[folder])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
+    return row | {"threads": threads, "torch": torch.__version__, "machine": device}
+
+
+_TASKS: dict[str, Any] = {}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a TOML file beside this program, such as cifar.toml")
+    parser.add_argument("--only", nargs="*", default=[], metavar="KEY=VALUE", help=f"cells with these: {', '.join(KEY)}")
+    parser.add_argument("--again", action="store_true", help="also cells that have a row (the new row replaces it)")
+    parser.add_argument("--list", action="store_true", help="list the cells and run none")
+    parser.add_argument("--workers", type=int, default=2, help="cells at a time (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the learned prior (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="CSV file (default: results/CONFIG.csv)")
+    options = parser.parse_args(arguments)
+    config = tomllib.loads(options.config.read_text())
+    results = options.results or HERE / "results" / f"{options.config.stem}.csv"
+    folder = str(options.work / options.config.stem)
+
+    if options.list:
+        done = {key(row) for row in read(results)}
+        for cell in cells(config, read(results)):
+            if matches(cell, options.only):
+                print("done   " if key(cell) in done else "missing", *cell.values())
+        return
+    sys.path.insert(0, str(HERE))
+    again = [cell for cell in cells(config, read(results)) if options.again and matches(cell, options.only)]
+    if again:
+        kept = [row for row in read(results) if key(row) not in {key(c) for c in again}]
+        results.unlink(missing_ok=True)
+        for row in kept:
+            append(results, row)
+    import cells as grid
+
+    grid.TASKS[config["task"]](config, Path(folder)).prior()  # once, before the workers ask for it
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        while True:  # finals become known as their candidates are done
+            done = {key(row) for row in read(results)}
+            missing = [c for c in cells(config, read(results)) if key(c) not in done and matches(c, options.only)]
+            if not missing:
+                break
+            jobs = [(cell, config, folder, options.threads) for cell in missing]
+            for number, row in enumerate(pool.imap_unordered(work, jobs), 1):
+                append(results, row)
+                told = f"{row['stage']} {row['method']} n={row['n']} seed={row['seed']} {row['strength']}"
+                print(
+                    f"[{number}/{len(jobs)}] {told}: accuracy {row['accuracy']}, NLL {row['nll']} ({row['seconds']} s)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
