@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from prior_hub import PriorModel, PriorPenalty, PriorTrainer, PriorTrainingArguments, SwagCallback, isotropic_prior
+from prior_hub import PriorModel, PriorTrainer, PriorTrainingArguments, SwagCallback, isotropic_prior
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)
@@ -141,6 +141,7 @@ def train(trainer_class: type[Trainer], model: nn.Module, settings: dict[str, An
     """Train with SGD (momentum 0.9) and none of Trainer's own output."""
     arguments = PriorTrainingArguments if trainer_class is PriorTrainer else TrainingArguments
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    quiet["log_level"] = "error"
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, dataloader_pin_memory=False, **quiet, **settings)
         sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": 0.9})
@@ -189,8 +190,8 @@ def under(method: str, learned: PriorModel, strength: float) -> PriorModel | Non
 
 def finetune(
     method: str, learned: PriorModel, strength: float, images: Images, options: argparse.Namespace, seed: int
-) -> nn.Module | None:
-    """One fine-tuning from the learned prior's mean; None where the prior is too stiff for the learning rate."""
+) -> nn.Module:
+    """One fine-tuning from the learned prior's mean."""
     torch.manual_seed(seed)
     model = ResNet20(20)
     learned.initialize(model)
@@ -205,8 +206,6 @@ def finetune(
     if prior is None:
         train(Trainer, model, settings | {"weight_decay": strength}, images)
         return model
-    if PriorPenalty(prior, model, num_examples=len(images)).curvature() * options.learning_rate > 2:
-        return None
     settings |= {"prior_initialize": False, "prior_head_variance": 1.0}
     train(PriorTrainer, model, settings, images, prior=prior)
     return model
@@ -220,24 +219,14 @@ def compare(options: argparse.Namespace, learned: PriorModel, pool: Images, test
     for method in METHODS:
         scores: dict[float, float] = {}
         for strength in WEIGHT_DECAYS if method == PLAIN else VARIANCES:
-            model = finetune(method, learned, strength, fitting, options, 0)
+            scores[strength] = evaluate(finetune(method, learned, strength, fitting, options, 0), validation)[1]
             bar.update()
-            if model is None:
-                tqdm.write(
-                    f"{method}: variance {strength:g} is too stiff for learning rate {options.learning_rate:g}, left out"
-                )
-            else:
-                scores[strength] = evaluate(model, validation)[1]
-        if not scores:
-            tqdm.write(f"{method}: no strength is stable at this learning rate")
-            continue
         best = min(scores, key=scores.__getitem__)
         for seed, subset in enumerate(subsets):
             model = finetune(method, learned, best, pool.part(subset), options, seed)
             bar.update()
-            if model is not None:
-                accuracy, nll = evaluate(model, test)
-                yield {"method": method, "strength": best, "seed": seed, "n": options.n, "accuracy": accuracy, "nll": nll}
+            accuracy, nll = evaluate(model, test)
+            yield {"method": method, "strength": best, "seed": seed, "n": options.n, "accuracy": accuracy, "nll": nll}
     bar.close()
 
 

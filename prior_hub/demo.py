@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import logging
 
 from prior_hub import __version__
 from prior_hub.finetuning.arguments import PriorTrainingArguments
@@ -369,7 +370,6 @@ class _Runner:
         self.priors = {ISOTROPIC: isotropic_prior(prior), LEARNED: prior}  # the isotropic one has variance 1
         marginal = torch.cat([v.flatten() for v in prior.rescaled(1.0).gaussian.marginal_variance().values()])
         self.typical = median(marginal.tolist())
-        self.stiffest = {name: p.rescaled(1.0).gaussian.largest_precision() for name, p in self.priors.items()}
 
     def describe(self) -> str:
         """The heading of the second part."""
@@ -392,13 +392,6 @@ class _Runner:
             {"learning_rate": rate, "typical_variance": variance, "prior_scale": variance / unit}
             for rate, variance in itertools.product(self.plan.learning_rates, self.plan.variances)
         ]
-
-    def unstable(self, method: str, setting: Mapping[str, float]) -> bool:
-        """Whether gradient steps under this prior overshoot at the smallest n (learning rate x precision / N near 2)."""
-        if method == PLAIN:
-            return False
-        precision = self.stiffest[method] / setting["prior_scale"]
-        return setting["learning_rate"] * precision / min(self.plan.numbers) > 1.8
 
     def run(self, method: str, setting: Mapping[str, float], chosen: Sequence[int], measured: Sequence[int], seed: int) -> Any:
         """Fine-tune on the images `chosen`; (accuracy, NLL) on the images `measured`."""
@@ -434,26 +427,21 @@ def _choose(runner: _Runner, plan: _Plan, progress: bool) -> tuple[dict[str, dic
     """For each method the candidate with the lowest development NLL, averaged over n; and all that was tried."""
     target = runner.target
     work = [(method, setting) for method in METHODS for setting in runner.candidates(method)]
-    skipped = [(method, setting) for method, setting in work if runner.unstable(method, setting)]
     tried: list[dict[str, Any]] = []
     with tqdm(
-        total=(len(work) - len(skipped)) * len(plan.numbers) * plan.development_sets,
+        total=len(work) * len(plan.numbers) * plan.development_sets,
         desc="   settings",
         unit="run",
         disable=not progress,
         leave=False,
     ) as bar:
         for method, setting in work:
-            if (method, setting) in skipped:
-                continue
             for n, repeat in itertools.product(plan.numbers, range(plan.development_sets)):
                 seed = 1000 * (1 + repeat) + n
                 few = target.few(target.development, n, seed)
                 accuracy, nll = runner.run(method, setting, few, target.validation, seed)
                 tried.append({"method": method, **setting, "n": n, "seed": seed, "accuracy": accuracy, "nll": nll})
                 bar.update()
-    if skipped:
-        print(f"   {len(skipped)} candidates left out: gradient steps would be unstable under so stiff a prior")
     chosen = {}
     for method in METHODS:
         mine = [row for row in tried if row["method"] == method]
@@ -492,6 +480,7 @@ def _common(scratch: str, *, seed: int) -> dict[str, Any]:
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
+        "log_level": "error",
         "logging_strategy": "no",
         "save_strategy": "no",
         "dataloader_pin_memory": False,
@@ -521,7 +510,7 @@ def _steady_process() -> Iterator[None]:
     Every `Trainer.train` ends in a full garbage collection, which takes longer than ten training steps here because it
     visits everything that was ever imported; frozen objects are not visited.
     """
-    threads = torch.get_num_threads()
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
@@ -530,6 +519,7 @@ def _steady_process() -> Iterator[None]:
     finally:
         gc.unfreeze()
         torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)  # which a Trainer's log_level sets for the whole process
 
 
 # --------------------------------------------------------------------------------------------------------- the results

@@ -99,19 +99,54 @@ def test_the_value_of_the_step_is_the_penalty_at_the_new_weights():
     assert float(value) == pytest.approx(float(g.penalty(theta)), rel=1e-9)
 
 
-def test_the_factor_is_made_anew_when_the_step_changes_and_kept_when_not(monkeypatch):
+def test_the_factor_is_kept_while_the_step_changes_little_and_changes_nothing_itself(monkeypatch):
     g, fresh = gaussian(3), []
     factorised = LowRankGaussian._factorised
     monkeypatch.setattr(LowRankGaussian, "_factorised", lambda self, gram: fresh.append(1) or factorised(self, gram))
     theta = {n: m + 0.5 for n, m in g.mean.items()}
-    for length in (0.1, 0.1, 0.2, 0.2):
+    for length in (0.1, 0.101, 0.1, 0.2, 0.199):
         g.proximal_step_(theta, dict.fromkeys(ALL, length))
     assert len(fresh) == 2
-    again = gaussian(3)
-    other = {n: m + 0.5 for n, m in again.mean.items()}
-    for length in (0.1, 0.1, 0.2, 0.2):
+    other = {n: m + 0.5 for n, m in g.mean.items()}
+    for length in (0.1, 0.101, 0.1, 0.2, 0.199):  # the same to the last bit: a resumed run has no factor from before
         gaussian(3).proximal_step_(other, dict.fromkeys(ALL, length))
     assert torch.equal(flat(theta), flat(other))
+
+
+def test_with_elementwise_steps_that_drift_the_factor_is_kept_until_it_no_longer_helps(monkeypatch):
+    """Adam's step lengths change a little with every step: one factor serves many, and every step is still exact."""
+    g, fresh = gaussian(5, spread=6.0), []
+    factorised = LowRankGaussian._factorised
+    monkeypatch.setattr(LowRankGaussian, "_factorised", lambda self, gram: fresh.append(1) or factorised(self, gram))
+    noise = torch.Generator().manual_seed(0)
+    lengths = {n: 10 ** (4 * torch.rand(s, generator=noise, dtype=torch.float64) - 3) for n, s in SHAPES.items()}
+    sigma = dense(g)
+    for _ in range(40):
+        lengths = {n: c * (1 + 0.02 * torch.rand(c.shape, generator=noise, dtype=torch.float64)) for n, c in lengths.items()}
+        theta = {n: m + torch.randn(m.shape, generator=noise, dtype=torch.float64) for n, m in g.mean.items()}
+        delta, c = flat(theta) - flat(g.mean), flat(lengths).diag()
+        g.proximal_step_(theta, lengths)
+        expected = sigma @ torch.linalg.solve(sigma + c, delta)
+        assert (flat(theta) - flat(g.mean) - expected).norm() < 1e-9 * delta.norm()
+    assert len(fresh) < 5
+    lengths = {n: 1e4 * c for n, c in lengths.items()}  # far away: it is made anew
+    theta = {n: m + 1.0 for n, m in g.mean.items()}
+    delta, c = flat(theta) - flat(g.mean), flat(lengths).diag()
+    g.proximal_step_(theta, lengths)
+    assert (flat(theta) - flat(g.mean) - sigma @ torch.linalg.solve(sigma + c, delta)).norm() < 1e-9 * delta.norm()
+
+
+def test_a_large_prior_works_in_float32_to_its_precision(monkeypatch):
+    """Above a bound on K x P the passes are float32: the same result to a few roundings of the movement."""
+    g = gaussian(5, dtype=torch.float32, spread=6.0)
+    ends = []
+    for bound in (1 << 23, 0):
+        monkeypatch.setattr("prior_hub.priors.gaussian._SMALL", bound)
+        theta = {n: m + 0.1 for n, m in g.mean.items()}
+        gaussian(5, dtype=torch.float32, spread=6.0).proximal_step_(theta, dict.fromkeys(ALL, 1e-3))
+        ends.append(flat(theta))
+    assert not torch.equal(*ends)  # it is another path
+    assert (ends[0] - ends[1]).abs().max() < 1e-6
 
 
 def test_a_step_with_a_wrong_name_or_shape_is_refused_and_nothing_moves():

@@ -17,8 +17,7 @@ looked up by walking downhill in half-decades. J takes C backward passes per exa
 chosen to stay below `max_passes` in all. Rows of J S^(1/2) longer than 65,536 are folded to that length with random signs
 (a count sketch: inner products keep their mean, with an error of about |a| |b| / 256); the low-rank part is exact.
 
-What does not work: the moment estimate (sum of g_i^T S g_j over pairs against its variance under the model), best on toy
-problems, drowns in noise on a deep net (benchmarks/transfer/README.md).
+This is a study, not a part of prior_hub: see README.md for what it names and why that is not good enough.
 
 Source: Rasmussen and Williams 2006, Gaussian Processes, section 3.5 and algorithm 3.3 (Laplace, several classes); Vehtari et
 al. 2016, JMLR 17(103), section 3.2 (leave-one-out from Laplace); Immer et al. 2021, arXiv 2104.04975 (linearised evidence).
@@ -46,7 +45,6 @@ __all__ = ["ScaleChoice", "select_scale"]
 
 METHODS = ("loo", "evidence")
 _SKETCH = 1 << 16  # length of a row of J S^(1/2)
-DEBUG = None
 _LOWEST, _HIGHEST = -4.0, 8.0  # decades of the variance that the prior gives to a logit
 
 
@@ -186,15 +184,6 @@ def select_scale(
     best, seen = _walk(scored, best, 0.5, seen)
     scale = 10 ** _vertex(best, 0.5, seen) / spread
     scores = {10**d / spread: v for d, v in seen.items()}
-    if DEBUG is not None:
-        DEBUG.update(
-            kernel=kernel,
-            head_kernel=head_kernel,
-            labels=labels,
-            variance=variance,
-            spread=spread,
-            w0=(design[:count] @ fitted.T),
-        )
     return ScaleChoice(
         scale=scale,
         head_variance=variance,

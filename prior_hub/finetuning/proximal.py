@@ -16,8 +16,9 @@ the gradient form, whatever M is:
     clipping        times the clipping coefficient of the step: else data would be clipped against an unclipped prior
 
 Along an eigenvector of precision p the step multiplies the distance from the mean by 1 / (1 + M p / N), never by a negative
-number. For SGD without momentum the linearly implicit form, the whole gradient times (I + M Sigma^-1 / N)^-1, gives the same
-iterates; with momentum and Adam it is worse (benchmarks/prior_update.py compares them), so this is the form used.
+number. The linearly implicit form, the whole gradient times (I + M Sigma^-1 / N)^-1 before the optimizer, gives the same
+iterates for SGD without momentum. With Adam and noisy gradients it does not hold the stiff weights, whose small gradients
+Adam blows up to full steps (benchmarks/prior_update.py compares the forms), so the proximal form is the one used.
 
 Source: Lions and Mercier 1979 (forward-backward splitting); Parikh and Boyd 2014, Proximal Algorithms, section 4.2.
 """
@@ -96,7 +97,7 @@ class ProximalStep:
             optimizer.zero_grad()
 
     It hangs on the optimizer itself, so it counts once per optimizer step under gradient accumulation, and a step that a
-    GradScaler skips is skipped here too. It keeps no state: a resumed run needs nothing from it.
+    GradScaler skips is skipped here too. It has no state that a checkpoint would have to hold.
 
     Args:
         penalty: the bound prior.
@@ -126,7 +127,7 @@ class ProximalStep:
                 "the parameters as they are now (after wrapping and sharding), or freeze those with requires_grad_(False)."
             )
         self.penalty = penalty
-        self.clip: float | Tensor = 1.0
+        self.clip = 1.0
         self._value: Tensor | None = None
         self._handle = optimizer.register_step_post_hook(self._after)
 
@@ -148,11 +149,9 @@ class ProximalStep:
 
     def clipped(self, norm: float | Tensor, max_norm: float) -> None:
         """Say that the coming step's gradient, of norm `norm`, was clipped to `max_norm` (as torch does it)."""
-        if isinstance(norm, Tensor):
-            norm = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
-            self.clip = (max_norm / (norm.detach() + 1e-6)).clamp(max=1.0)
-        else:
-            self.clip = min(1.0, max_norm / (norm + 1e-6))
+        if isinstance(norm, Tensor) and is_sharded(norm):
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        self.clip = min(1.0, max_norm / (float(norm) + 1e-6))
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_`, which the prior's step then takes into account."""
@@ -175,7 +174,7 @@ class ProximalStep:
         self.clip = 1.0
 
 
-def _length(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, clip: float | Tensor) -> float | Tensor:
+def _length(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, clip: float) -> float | Tensor:
     """M of one parameter: a number, or (*local_shape) for Adam."""
     rate = float(group["lr"])
     if isinstance(optimizer, torch.optim.SGD):

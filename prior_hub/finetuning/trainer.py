@@ -303,7 +303,7 @@ class PriorTrainerMixin(_TrainerBase):
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         asked = self._prior_settings["prior_update"]
         self.prior_update, reason = chosen_update(asked, penalty, optimizer)
-        if asked == "auto":
+        if asked == "auto" and self.is_world_process_zero() and logging.get_verbosity() <= logging.WARNING:
             logger.warning_advice(f"prior_update='auto' takes the {self.prior_update} form: {reason}.")
         if self.prior_update == "implicit":
             self._proximal = penalty.attach(optimizer)

@@ -45,6 +45,7 @@ __all__ = ["LowRankGaussian", "swag_weights"]
 # Entries. On the CPU a block of every operand stays in a core's cache, and is below the size from which torch starts
 # threads for one elementwise operation, whose barriers cost more than they bring here (measured: 5 times slower above).
 _CPU_BLOCK = 1 << 14
+_SMALL = 1 << 23  # K x P up to which an implicit step works in float64 throughout
 _DEVICE_BLOCK = 1 << 24  # on accelerators: few large kernels, temporaries bounded at 64 MB per row
 
 
@@ -105,7 +106,7 @@ class LowRankGaussian:
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
-        self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # of the last proximal step
+        self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # (its step, K x K factor)
 
     # ---------------------------------------------------------------------------------------------- shape and views
 
@@ -231,8 +232,7 @@ class LowRankGaussian:
         """theta <- mean + Sigma (Sigma + C)^-1 (theta - mean) in place, C = diag(step): the implicit step of the penalty.
 
         It minimises 1/2 (x - theta)^T C^-1 (x - theta) + penalty(x), so it is stable for every step and precision, and it
-        leaves a weight where the penalty's gradient is zero. No temporary of the size of theta or of a deviation is made;
-        the K x K factor is made anew unless the steps are the same numbers as in the last call.
+        leaves a weight where the penalty's gradient is zero. No temporary of the size of theta or of a deviation is made.
 
         Args:
             theta: name -> (*shape) for every name of the Gaussian, changed in place.
@@ -258,28 +258,7 @@ class LowRankGaussian:
     def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
         accumulator = _accumulator(device)
         low_rank = self._low_rank_scale()
-        z = torch.zeros(self.rank, dtype=accumulator, device=device)
-        if low_rank:
-            key = _step_key(step)
-            known = key is not None and self._stepped is not None and self._stepped[0] == key
-            gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
-            for name in self.names:
-                weight, flat = self._weight(name), theta[name].detach().reshape(-1)
-                for start, stop in self._blocks(name):
-                    delta, diagonal = self._delta(name, flat, start, stop, accumulator)
-                    diagonal += _block(step.get(name, 0.0), start, stop, accumulator)
-                    rows = self._rows(name, start, stop, accumulator)
-                    z += weight * (rows @ (delta / diagonal))
-                    if not known:
-                        gram += weight * (rows / diagonal) @ rows.T
-            if self._sum is not None:
-                self._sum(z)
-                if not known:
-                    self._sum(gram)
-            if not known:
-                self._stepped = (key, self._factorised(gram))
-            assert self._stepped is not None  # noqa: S101
-            z = torch.cholesky_solve((low_rank * z).unsqueeze(1), self._stepped[1]).squeeze(1)
+        z = self._step_solution(theta, step, device) if low_rank else torch.zeros(0, dtype=accumulator, device=device)
         total = torch.zeros((), dtype=accumulator, device=device)
         for name in self.names:
             weight, flat = self._weight(name), theta[name].detach().reshape(-1)  # a copy where not contiguous
@@ -301,6 +280,61 @@ class LowRankGaussian:
         if self._sum is not None:
             self._sum(total)
         return 0.5 * (total + z.square().sum())
+
+    def _step_solution(self, theta: Mapping[str, Tensor], step: Mapping[str, float | Tensor], device: torch.device) -> Tensor:
+        """z of the implicit step: (I + U^T (A + C)^-1 U) z = U^T (A + C)^-1 delta, (K,).
+
+        The K x K matrix costs K passes over the deviations, and C changes with every learning rate, so it is factorised
+        for a C near by and the system is solved by conjugate gradients with that factor, at one pass per iteration.
+        """
+        accumulator, low_rank = _accumulator(device), self._low_rank_scale()
+        small = self.rank * self.num_parameters <= _SMALL  # then all in float64: it costs nothing
+        work = accumulator if small else self._elementwise(theta)
+        nearby, key = _nearby(step)
+
+        def through(vector: Tensor) -> Tensor:
+            """(I + U^T (A + C)^-1 U) vector."""
+            out = torch.zeros_like(vector)
+            for name in self.names:
+                for start, stop in self._blocks(name):
+                    rows, diagonal = self._rows(name, start, stop, work), self._diagonal(name, start, stop, work)
+                    diagonal += _block(step.get(name, 0.0), start, stop, work)
+                    out += self._weight(name) * (rows @ ((vector.to(work) @ rows) / diagonal)).to(accumulator)
+            return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
+
+        def factorise(at: Mapping[str, float | Tensor]) -> None:
+            gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
+            for name in self.names:
+                for start, stop in self._blocks(name):
+                    rows, diagonal = self._rows(name, start, stop, work), self._diagonal(name, start, stop, work)
+                    diagonal += _block(at.get(name, 0.0), start, stop, work)
+                    gram += self._weight(name) * ((rows / diagonal) @ rows.T).to(accumulator)
+            self._stepped = (key, self._factorised(gram if self._sum is None else self._sum(gram)))
+
+        right = torch.zeros(self.rank, dtype=accumulator, device=device)
+        for name in self.names:
+            flat = theta[name].detach().reshape(-1)
+            for start, stop in self._blocks(name):
+                delta, diagonal = self._delta(name, flat, start, stop, work)
+                diagonal += _block(step.get(name, 0.0), start, stop, work)
+                right += self._weight(name) * (self._rows(name, start, stop, work) @ (delta / diagonal)).to(accumulator)
+        right = low_rank * (right if self._sum is None else self._sum(right))
+        tolerance = 1e-13 if work == torch.float64 else 1e-7
+        if self._stepped is None or self._stepped[0] != key:
+            factorise(nearby)
+        assert self._stepped is not None  # noqa: S101
+        solution, settled = _conjugate_gradients(through, right, self._stepped[1], tolerance)
+        if not settled:  # C has moved far from the one that was factorised
+            factorise(step)
+            solution, _ = _conjugate_gradients(through, right, self._stepped[1], tolerance)
+        return solution
+
+    def _elementwise(self, theta: Mapping[str, Tensor]) -> torch.dtype:
+        """The type of the elementwise work."""
+        found = torch.float32
+        for name, mean in self.mean.items():
+            found = torch.promote_types(found, torch.promote_types(theta[name].dtype, mean.dtype))
+        return found
 
     def log_prob(self, theta: Mapping[str, Tensor]) -> Tensor:
         """log N(theta; mean, Sigma) in nats, normalised: a 0-d float64 tensor, differentiable in `theta`."""
@@ -638,11 +672,35 @@ def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype) ->
     return length.to(dtype) if not length.ndim else length.reshape(-1)[start:stop].to(dtype)
 
 
-def _step_key(step: Mapping[str, float | Tensor]) -> tuple[tuple[str, float], ...] | None:
-    """What identifies step lengths that are all plain numbers; None otherwise."""
+def _nearby(step: Mapping[str, float | Tensor]) -> tuple[Mapping[str, float | Tensor], tuple[tuple[str, float], ...] | None]:
+    """Step lengths to factorise at, and what identifies them: numbers go to the nearest half power of 2.
+
+    So the factor, and with it the last bit of the result, depends on the step alone and not on the steps before it, except
+    where lengths are tensors (key None): there any factor will do that converges.
+    """
     if any(isinstance(length, Tensor) for length in step.values()):
-        return None
-    return tuple((name, float(length)) for name, length in step.items() if not isinstance(length, Tensor))
+        return step, None
+    rounded = {name: 2.0 ** (round(2 * math.log2(length)) / 2) if length else 0.0 for name, length in step.items()}
+    return rounded, tuple(rounded.items())
+
+
+def _conjugate_gradients(
+    matrix: Callable[[Tensor], Tensor], right: Tensor, factor: Tensor, tolerance: float, iterations: int = 12
+) -> tuple[Tensor, bool]:
+    """(x with matrix(x) = right, whether it settled), preconditioned by a Cholesky factor of a matrix near by."""
+    x, residual = torch.zeros_like(right), right
+    direction = preconditioned = torch.cholesky_solve(residual.unsqueeze(1), factor).squeeze(1)
+    size = first = float(residual @ preconditioned)
+    for _ in range(iterations):
+        if not size > tolerance**2 * first:
+            return x, True
+        image = matrix(direction)
+        length = size / float(direction @ image)
+        x, residual = x + length * direction, residual - length * image
+        preconditioned = torch.cholesky_solve(residual.unsqueeze(1), factor).squeeze(1)
+        before, size = size, float(residual @ preconditioned)
+        direction = preconditioned + (size / before) * direction
+    return x, not size > tolerance**2 * first
 
 
 def truncated_weights(rank: int, kept: int, diagonal: float, low_rank: float) -> tuple[float, float]:
