@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-all test-xet test-lowest lint bench clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed  ## learn a prior, store it, fine-tune under it: real d
 
 test: $(VENV)/.installed  ## quick tests, under 5 minutes on 2 cores
 	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed  ## the tests that `make test` leaves out
+	$(PYTEST) -m "slow and not gpu"
 
 test-all: $(VENV)/.installed  ## all tests
 	$(PYTEST)

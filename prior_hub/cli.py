@@ -144,7 +144,8 @@ def _check(arguments: argparse.Namespace) -> int:
         warnings.simplefilter("always")
         prior = PriorModel.from_pretrained(arguments.prior, revision=arguments.revision, subfolder=arguments.subfolder)
         stiffest = prior.gaussian.largest_precision()
-    remarks = [str(item.message) for item in caught] + _remarks(prior.config)
+        diagnosis = prior.diagnose()
+    remarks = [str(item.message) for item in caught] + _remarks(prior.config) + list(diagnosis.remarks)
     finite = "hashes, names, shapes, types and values are right"
     if arguments.json:
         print(
@@ -154,12 +155,14 @@ def _check(arguments: argparse.Namespace) -> int:
                     "prior": arguments.prior,
                     "commit": prior.commit_hash,
                     "largest_precision": stiffest,
+                    "diagnosis": {key: value for key, value in dataclasses.asdict(diagnosis).items() if key != "remarks"},
                     "remarks": remarks,
                 }
             )
         )
     else:
         print(f"{arguments.prior}: {prior!r}: {finite}; largest precision {stiffest:.3g}")
+        print("\n".join(f"  {line}" for line in str(dataclasses.replace(diagnosis, remarks=())).splitlines()))
         for remark in remarks:
             print(f"  note: {remark}")
     return 0

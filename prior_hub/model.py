@@ -17,6 +17,7 @@ from prior_hub import __version__
 from prior_hub.distributed import copy_full_, is_sharded
 from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
 from prior_hub.priors.config import PriorConfig
+from prior_hub.priors.diagnosis import Diagnosis, diagnose
 from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
@@ -270,6 +271,13 @@ class PriorModel:
         """The same prior with its deviations stored in another type (torch.bfloat16: half the bytes)."""
         rows = {name: tensor.to(deviations) for name, tensor in self.deviations.items()}
         return self._with(self.gaussian._with(deviations=rows))
+
+    def diagnose(self) -> Diagnosis:
+        """What it looks like (spectrum, effective rank, variances), and whether it is degenerate; print it.
+
+        Reads every number once. `prior-hub check` prints the same.
+        """
+        return diagnose(self.gaussian, variance_floor=self.config.variance_floor)
 
     def _with(self, gaussian: LowRankGaussian) -> PriorModel:
         config = self.config.replace(

@@ -7,6 +7,7 @@ ending names the format (.png, .pdf, .svg).
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -190,17 +191,9 @@ def _label_blocks(panel: Any, names: Sequence[str]) -> None:
 
 def _singular_values(prior: PriorModel) -> list[float]:
     """Standard deviations along the principal directions of scale * b * D^T D, largest first; zeros left out."""
-    if prior.rank == 0:
-        return []
-    gram = torch.zeros((prior.rank, prior.rank), dtype=torch.float64)
-    for rows in prior.deviations.values():
-        flat = rows.reshape(prior.rank, -1).double()
-        gram += flat @ flat.T
-    eigenvalues = torch.linalg.eigvalsh(prior.scale * prior.gaussian.low_rank_weight * gram).flip(0)
-    kept = eigenvalues[eigenvalues > 1e-9 * eigenvalues[0]]
-    return [float(value) for value in kept.sqrt()]
+    values = prior.gaussian.spectrum()
+    return [math.sqrt(value) for value in values if value > 1e-9 * values[0]]
 
 
 def _low_rank_share(prior: PriorModel) -> float:
-    total = sum(float(tensor.double().sum()) for tensor in prior.gaussian.marginal_variance().values())
-    return sum(value**2 for value in _singular_values(prior)) / total
+    return prior.diagnose().low_rank_share

@@ -464,6 +464,20 @@ class LowRankGaussian:
             previous, vector = vector, image
         return estimate
 
+    def spectrum(self) -> list[float]:
+        """The K eigenvalues of the low-rank part U U^T, largest first: variance along its principal directions."""
+        if not self._low_rank_scale():
+            return []
+        device = self._device()
+        dtype = _accumulator(device)
+        gram = torch.zeros(self.rank, self.rank, dtype=dtype, device=device)
+        for name in self.names:
+            for start, stop in self._blocks(name):
+                rows = self._rows(name, start, stop, dtype)
+                gram += self._weight(name) * rows @ rows.T
+        values = torch.linalg.eigvalsh((gram if self._sum is None else self._sum(gram)).double().cpu())
+        return [max(0.0, float(value)) * self.scale * self.low_rank_weight for value in values.flip(0)]
+
     def diagonal_precision(self) -> float:
         """The sum of 1 / A over all entries: tr(Sigma^-1) from above; the K low-rank directions lower it a little."""
         accumulator = _accumulator(self._device())

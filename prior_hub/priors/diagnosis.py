@@ -1,0 +1,113 @@
+"""What a learned Gaussian looks like, and when it is degenerate.
+
+total variance  tr Sigma = tr A + tr U U^T, A the diagonal and U U^T the low-rank part (see gaussian.py)
+spectrum        the K eigenvalues of U U^T, largest first: variance along each principal direction
+effective rank  (sum of eigenvalues)^2 / sum of their squares: K for equal ones, 1 where one direction holds everything
+useful rank     directions that hold 99 % of the low-rank variance
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prior_hub.priors.gaussian import LowRankGaussian
+
+__all__ = ["Diagnosis", "diagnose"]
+
+_MOST_ENTRIES = 1_000_000  # of which quantiles are taken
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; print it.
+
+    Attributes:
+        num_parameters: P.
+        rank: K.
+        share_at_floor: share of the P variances that are at the variance floor; 0 without a floor.
+        variance_range: smallest, median and largest variance, before scale and weight.
+        low_rank_share: share of the total variance that the low-rank part holds.
+        spectrum: variance along each principal direction of the low-rank part, at the prior's scale, largest first.
+        effective_rank: of the low-rank part; 0 where there is none.
+        useful_rank: directions that hold 99 % of the low-rank variance.
+        remarks: what is degenerate, why, and what to do; empty for a healthy prior.
+    """
+
+    num_parameters: int
+    rank: int
+    share_at_floor: float
+    variance_range: tuple[float, float, float]
+    low_rank_share: float
+    spectrum: tuple[float, ...]
+    effective_rank: float
+    useful_rank: int
+    remarks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        low, middle, high = self.variance_range
+        lines = [f"variances {low:.2g} to {high:.2g}, median {middle:.2g}; {100 * self.share_at_floor:.1f} % at the floor"]
+        if self.rank:
+            lines.append(
+                f"low-rank part: {100 * self.low_rank_share:.0f} % of the total variance, effective rank "
+                f"{self.effective_rank:.1f} of {self.rank}, 99 % of it in {self.useful_rank} directions"
+            )
+        return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
+
+
+def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagnosis:
+    """Look at every number of a Gaussian once.
+
+    Args:
+        gaussian: the Gaussian, whole (not one rank's shards).
+        variance_floor: the floor its variances were held to.
+    """
+    count = max(1, gaussian.num_parameters)
+    floored = 0
+    if variance_floor > 0:
+        floored = sum(int((v <= variance_floor * (1 + 1e-6)).sum()) for v in gaussian.variance.values())
+    eigenvalues = torch.tensor(gaussian.spectrum(), dtype=torch.float64)
+    held = float(eigenvalues.sum())
+    total = sum(float(v.sum(dtype=torch.float64)) for v in gaussian.marginal_variance().values())
+    effective = held**2 / float(eigenvalues.square().sum()) if held > 0 else 0.0
+    useful = int((eigenvalues.cumsum(0) < 0.99 * held).sum()) + 1 if held > 0 else 0
+    share = floored / count
+    remarks = []
+    if share > 0.5:
+        remarks.append(
+            f"{100 * share:.0f} % of the variances are at the floor ({variance_floor:g}): the prior says little more than an "
+            "isotropic one. The weights hardly moved between snapshots: use a larger, constant learning rate and augmentation "
+            "on the source task, or a lower variance_floor."
+        )
+    if gaussian.rank >= 4 and 0 < effective < 1.5:
+        remarks.append(
+            f"the {gaussian.rank} deviations span little more than one direction (effective rank {effective:.1f}): the weights "
+            "drifted along a line while snapshots were taken. Start later (start), keep the learning rate constant, or take "
+            "snapshots further apart (every_n_steps)."
+        )
+    elif gaussian.rank >= 4 and held == 0:
+        remarks.append("the deviations are all zero: the weights did not move between snapshots.")
+    return Diagnosis(
+        num_parameters=gaussian.num_parameters,
+        rank=gaussian.rank,
+        share_at_floor=share,
+        variance_range=_range(gaussian),
+        low_rank_share=held / total if total > 0 else 0.0,
+        spectrum=tuple(eigenvalues.tolist()),
+        effective_rank=effective,
+        useful_rank=useful,
+        remarks=tuple(remarks),
+    )
+
+
+def _range(gaussian: LowRankGaussian) -> tuple[float, float, float]:
+    """(smallest, median, largest) variance; the median over evenly spaced entries where there are many."""
+    tensors = [v for v in gaussian.variance.values() if v.numel()]
+    if not tensors:
+        return (0.0, 0.0, 0.0)
+    every = max(1, gaussian.num_parameters // _MOST_ENTRIES)
+    entries: Tensor = torch.cat([v.reshape(-1)[::every].double().cpu() for v in tensors])
+    return (min(float(v.min()) for v in tensors), float(entries.median()), max(float(v.max()) for v in tensors))
