@@ -369,12 +369,13 @@ def edited_by_a_person(card: str) -> str:
 
 def assert_only_the_second_is_described(card: str) -> None:
     data, body = split_card(card)
+    language = "no" if "language: no\n" in card else "nl"
     assert data == card_metadata(SECOND.config) | {
-        "language": False,  # YAML 1.1's `no`
+        "language": False if language == "no" else language,  # YAML 1.1's `no`
         "datasets": ["org/mine", "org/both", "org/y"],
         "tags": ["prior-hub", "prior", "bayesian", "transfer-learning", "mine", "isotropic"],
     }
-    assert "# a comment\nlanguage: no\n" in card
+    assert f"# a comment\nlanguage: {language}\n" in card
     assert body.endswith("\nMine.\n")
     assert "Our Lab's Licence" not in card
 
@@ -421,7 +422,10 @@ def test_a_repository_that_gets_another_prior_does_not_go_on_describing_the_firs
     for kind in ("object", "folder"):
         repo = FIRST.push_to_hub(fresh_repo_id("card"), subfolder=subfolder).repo_id
         text = read_card(Path(hf_hub_download(repo, path)))
-        HfApi().upload_file(path_or_fileobj=edited_by_a_person(text).encode(), path_in_repo=path, repo_id=repo)
+        edited = edited_by_a_person(text).replace(
+            "language: no", "language: nl"
+        )  # the Hub takes `no` for False, and refuses it
+        HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo=path, repo_id=repo)
         if kind == "folder":
             SECOND.save_pretrained(tmp_path)
         push_prior_to_hub(tmp_path if kind == "folder" else SECOND, repo, subfolder=subfolder)
