@@ -7,8 +7,8 @@ For the first 60 % of the steps a fifth of the n images is held out. After an im
     theta' = mean + Sigma (Sigma + C)^-1 (theta - mean)        d theta' / d log scale = theta' - theta''
 
 where theta'' is the same step taken once more, from theta'. So one held-out gradient g tells every second step whether a wider
-prior would have helped: log scale goes down by 0.15 times g . (theta' - theta'') over its running root mean square. Then the fifth
-is put back, and the scale stays where it is. Prints the path of the scale and the result on the test set.
+prior would have helped: log scale goes down by 0.15 times g . (theta' - theta'') over its running root mean square. Then the
+fifth is put back, and the scale stays where it is. Prints the path of the scale and the result on the test set.
 
 Source: Luketina et al. 2016, arXiv 1511.06727 (T1-T2). Differs: a proximal step as the regulariser, and normalised outer steps.
 """
