@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import dense_covariance, image_data, quiet_arguments, random_prior, tiny_resnet, tiny_vit
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, RMSprop
 from transformers import TrainerCallback
 
 from prior_hub import LowRankGaussian, PriorMatchError, PriorModel, PriorPenalty, PriorTrainer
+from prior_hub.finetuning.proximal import chosen_update
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ignores num_items_in_batch")
 
@@ -101,8 +102,8 @@ def test_the_value_of_the_step_is_the_penalty_at_the_new_weights():
 
 def test_the_factor_is_kept_while_the_step_changes_little_and_changes_nothing_itself(monkeypatch):
     g, fresh = gaussian(3), []
-    factorised = LowRankGaussian._factorised
-    monkeypatch.setattr(LowRankGaussian, "_factorised", lambda self, gram: fresh.append(1) or factorised(self, gram))
+    eigh = torch.linalg.eigh  # of the K x K matrix
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: fresh.append(1) or eigh(matrix))
     theta = {n: m + 0.5 for n, m in g.mean.items()}
     for length in (0.1, 0.101, 0.1, 0.2, 0.199):
         g.proximal_step_(theta, dict.fromkeys(ALL, length))
@@ -116,8 +117,8 @@ def test_the_factor_is_kept_while_the_step_changes_little_and_changes_nothing_it
 def test_with_elementwise_steps_that_drift_the_factor_is_kept_until_it_no_longer_helps(monkeypatch):
     """Adam's step lengths change a little with every step: one factor serves many, and every step is still exact."""
     g, fresh = gaussian(5, spread=6.0), []
-    factorised = LowRankGaussian._factorised
-    monkeypatch.setattr(LowRankGaussian, "_factorised", lambda self, gram: fresh.append(1) or factorised(self, gram))
+    eigh = torch.linalg.eigh  # of the K x K matrix
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: fresh.append(1) or eigh(matrix))
     noise = torch.Generator().manual_seed(0)
     lengths = {n: 10 ** (4 * torch.rand(s, generator=noise, dtype=torch.float64) - 3) for n, s in SHAPES.items()}
     sigma = dense(g)
@@ -136,17 +137,37 @@ def test_with_elementwise_steps_that_drift_the_factor_is_kept_until_it_no_longer
     assert (flat(theta) - flat(g.mean) - sigma @ torch.linalg.solve(sigma + c, delta)).norm() < 1e-9 * delta.norm()
 
 
-def test_a_large_prior_works_in_float32_to_its_precision(monkeypatch):
-    """Above a bound on K x P the passes are float32: the same result to a few roundings of the movement."""
-    g = gaussian(5, dtype=torch.float32, spread=6.0)
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e12])
+@pytest.mark.parametrize("length", [0.0, 1e-12, 1e-4, 1.0])
+def test_a_large_prior_works_in_float32_to_its_precision(monkeypatch, scale, length):
+    """Above a bound on K x P the passes are float32. Rows that sum to zero, as all snapshots about their mean do, and
+    variances far smaller than they: the K x K matrix has eigenvalues of 1 beside 1e12, which float32 cannot tell from 0.
+    """
+    g = torch.Generator().manual_seed(0)
+    size, rank = 20_000, 20
+    mean, variance = torch.randn(size, generator=g), 1e-12 * 10 ** (8 * torch.rand(size, generator=g))
+    rows = 0.01 * torch.randn(rank, size, generator=g)
+    rows -= rows.mean(0)
+    start = mean + 0.1 * torch.randn(size, generator=g)
     ends = []
     for bound in (1 << 23, 0):
         monkeypatch.setattr("prior_hub.priors.gaussian._SMALL", bound)
-        theta = {n: m + 0.1 for n, m in g.mean.items()}
-        gaussian(5, dtype=torch.float32, spread=6.0).proximal_step_(theta, dict.fromkeys(ALL, 1e-3))
-        ends.append(flat(theta))
-    assert not torch.equal(*ends)  # it is another path
-    assert (ends[0] - ends[1]).abs().max() < 1e-6
+        theta = start.clone()
+        LowRankGaussian({"w": mean}, {"w": variance}, {"w": rows}, scale=scale).proximal_step_({"w": theta}, {"w": length})
+        ends.append(theta.double())
+    movement = (ends[0] - start).norm()
+    assert (ends[0] - ends[1]).norm() < 1e-4 * movement + 1e-5  # 20,000 weights of size 1, rounded to float32
+    if length == 0.0:
+        assert torch.equal(ends[0], start.double())
+
+
+def test_weights_that_are_not_finite_stay_so_and_nothing_is_blamed_on_the_prior():
+    for rank in (0, 3):
+        g = gaussian(rank)
+        theta = {n: m + 0.5 for n, m in g.mean.items()}
+        theta["a"][0, 0] = torch.nan
+        for length in (0.1, torch.tensor(0.1)):
+            assert g.proximal_step_(theta, dict.fromkeys(ALL, length)).isnan()
 
 
 def test_a_step_with_a_wrong_name_or_shape_is_refused_and_nothing_moves():
@@ -348,6 +369,138 @@ def dense_sigma(prior):
     return prior.scale * (0.5 * flat(prior.variance, names).diag() + 0.25 * rows.T @ rows)
 
 
+def test_parameters_that_the_loss_does_not_reach_go_to_their_mean_under_adam_too():
+    for make in (lambda p: SGD(p, lr=0.5), lambda p: AdamW(p, lr=0.1, weight_decay=0.0)):
+        model = nn.Linear(2, 2)
+        mean = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+        prior = PriorModel.from_tensors(mean, {n: torch.ones_like(m) for n, m in mean.items()})
+        with torch.no_grad():
+            model.bias.fill_(1.0)
+        optimizer = make(model.parameters())
+        PriorPenalty(prior, model, num_examples=1).attach(optimizer)
+        for _ in range(100):
+            optimizer.zero_grad()
+            model.weight.sum().backward()  # not the bias
+            optimizer.step()
+        assert model.bias.abs().max() < 1e-3
+
+
+def test_what_cannot_be_right_is_refused():
+    model, prior = Quadratic(), stiff_prior()
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+
+    class Lars(SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    SGD([nn.Parameter(torch.ones(1))], lr=0.1)  # from now on torch hooks SGD.step, and a subclass's as well
+    for optimizer, message in (
+        (RMSprop(model.parameters()), "knows the step lengths of torch.optim.SGD, Adam and AdamW, not of RMSprop"),
+        (Lars(model.parameters(), lr=0.1), "not of Lars"),
+        (SGD(model.parameters(), lr=0.1, maximize=True), "maximize=True"),
+        (AdamW(model.parameters(), lr=0.1), r"decays 2 parameters that are under the prior \('weight', weight_decay=0.01\)"),
+        (SGD([model.weight], lr=0.1), r"does not train 1 of the parameters under the prior \('bias'\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            penalty.attach(optimizer)
+        assert not optimizer._optimizer_step_post_hooks
+    optimizer = SGD(model.parameters(), lr=0.1)
+    step = penalty.attach(optimizer)
+    with pytest.raises(ValueError, match="attached to this optimizer already, and would count twice"):
+        penalty.attach(optimizer)
+    step.remove()
+    penalty.attach(optimizer)
+
+    class Mine(SGD):
+        """Another name, the same arithmetic."""
+
+    penalty.attach(Mine(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "scale", "expected"),
+    [
+        (lambda p: SGD(p, lr=0.1), 1.0, "implicit"),
+        (lambda p: SGD(p, lr=0.1), 1e9, "gradient"),
+        (lambda p: AdamW(p, lr=0.01, weight_decay=0.0), 1.0, "implicit"),
+        (lambda p: AdamW(p, lr=0.01, weight_decay=0.0), 1e9, "gradient"),
+        (lambda p: RMSprop(p, lr=0.1), 1.0, "gradient"),
+    ],
+)
+def test_auto_takes_the_implicit_form_where_a_gradient_step_would_overshoot_and_says_why(make, scale, expected):
+    model, prior = Quadratic(), stiff_prior(scale=scale)
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    optimizer = make(model.parameters())
+    update, reason = chosen_update("auto", penalty, optimizer)
+    assert update == expected
+    if isinstance(optimizer, RMSprop):
+        assert "RMSprop are not known" in reason
+        with pytest.raises(ValueError, match=r"needs the step length of each weight.*not for RMSprop"):
+            chosen_update("implicit", penalty, optimizer)
+    else:
+        assert ("not above" in reason) == (expected == "gradient")
+        assert ("overshoot" in reason) == (expected == "implicit")
+    assert chosen_update("gradient", penalty, optimizer) == ("gradient", "as asked for")
+    with pytest.raises(ValueError, match="prior_update is 'explicit', expected one of 'auto', 'gradient', 'implicit'"):
+        chosen_update("explicit", penalty, optimizer)
+
+
+def test_auto_looks_at_the_highest_rate_of_a_schedule():
+    model, prior = Quadratic(), stiff_prior()
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    rate = 5 / penalty.curvature()
+    optimizer = SGD(model.parameters(), lr=rate / 25, momentum=0.9)
+    assert chosen_update("auto", penalty, optimizer)[0] == "gradient"
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=10)
+    assert chosen_update("auto", penalty, optimizer)[0] == "implicit"
+
+
+def test_groups_clipped_apart_are_shortened_apart_and_only_for_that_step():
+    """One tensor's gradient is clipped to a tenth, the other's not at all; the next step is not clipped."""
+    model, prior = Quadratic(), stiff_prior()
+    start = {n: (prior.mean[n] + 0.1).clone() for n in ("weight", "bias")}
+    penalty = PriorPenalty(prior, model, num_examples=QUADRATIC_N)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    step = penalty.attach(optimizer)
+    sigma, mean = dense_sigma(prior), flat(prior.mean, ("weight", "bias"))
+    for clipped in (True, False):
+        with torch.no_grad():
+            for name, value in start.items():
+                model.get_parameter(name).copy_(value)
+        optimizer.zero_grad()
+        model().backward()
+        lengths = torch.full((20,), 0.1, dtype=torch.float64)
+        if clipped:
+            norm = float(model.weight.grad.norm())
+            step.clip_grad_norm_([model.weight], norm / 10)
+            step.clip_grad_norm_(model.bias, 1e6)
+            lengths[:12] *= norm / 10 / (norm + 1e-6)
+        gradient = torch.cat([model.weight.grad.reshape(-1), model.bias.grad])
+        delta = flat(start, ("weight", "bias")) - 0.1 * gradient - mean
+        optimizer.step()
+        found = torch.cat([model.weight.reshape(-1), model.bias]).detach() - mean
+        expected = sigma @ torch.linalg.solve(sigma + lengths.diag() / QUADRATIC_N, delta)
+        assert (found - expected).norm() < 1e-9 * delta.norm()
+
+
+def test_a_fused_optimizer_that_skips_its_step_skips_the_priors():
+    model = nn.Linear(2, 2)
+    prior = PriorModel.from_tensors(
+        {n: torch.zeros_like(p) for n, p in model.named_parameters()},
+        {n: torch.full_like(p, 1e-4) for n, p in model.named_parameters()},
+    )
+    optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+    PriorPenalty(prior, model, num_examples=1).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.detach().clone()
+    for factor, moves in ((torch.inf, False), (1.0, True)):
+        optimizer.zero_grad()
+        scaler.scale(factor * model(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(model.weight, before) != moves
+
+
 # ------------------------------------------------------------------------------------------------------------ the trainer
 
 
@@ -375,7 +528,8 @@ def trained(model, prior, folder, **arguments):
     watch = Watch()
     settings = {"learning_rate": 0.02, "prior_initialize": False, "prior_update": "implicit", "prior_head_variance": 0.5}
     args = quiet_arguments(folder, **{**settings, **arguments})
-    trainer = PriorTrainer(model=model, args=args, train_dataset=image_data(26), prior=prior, callbacks=[watch])
+    data = {"train_dataset": image_data(26), "eval_dataset": image_data(4, seed=3)}
+    trainer = PriorTrainer(model=model, args=args, prior=prior, callbacks=[watch], **data)
     trainer.train()
     return trainer, watch
 
@@ -449,3 +603,63 @@ def test_a_step_that_the_scaler_skips_is_skipped_by_the_prior(tmp_path, monkeypa
     clips = [min(1.0, 0.05 / (norm + 1e-6)) for norm in real]
     assert len(clips) == len(watch.weights) - 1
     assert_steps_are_the_dense_ones(prior, watch, 26, clips)
+
+
+def hooks(optimizer):
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return len(inner._optimizer_step_post_hooks) + len(inner._optimizer_step_pre_hooks)
+
+
+def test_the_prior_leaves_the_optimizer_when_training_ends_or_fails(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and self.armed:
+                raise KeyboardInterrupt
+
+    model = tiny_resnet()
+    prior = random_prior(model, variance=1e-5, shift=0.01)
+    optimizer, fails = SGD(model.parameters(), lr=0.02), Fails()
+    args = quiet_arguments(tmp_path, max_steps=3, prior_update="implicit")
+    more = {"train_dataset": image_data(8), "optimizers": (optimizer, None), "callbacks": [fails]}
+    trainer = PriorTrainer(model=model, args=args, prior=prior, **more)
+    for fails.armed in (True, False):
+        if fails.armed:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        else:
+            trainer.train()
+        assert hooks(optimizer) == 0
+    assert trainer.prior_update == "implicit"
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
+    def trainer(folder, steps, **settings):
+        model = tiny_resnet()
+        prior = random_prior(model, variance=1e-5, shift=0.01)
+        settings |= {"prior_update": "implicit", "prior_initialize": False, "max_grad_norm": 0.05, "learning_rate": 0.02}
+        args = quiet_arguments(folder, max_steps=steps, lr_scheduler_type="constant_with_warmup", warmup_steps=2, **settings)
+        args.optim = "adamw_torch"
+        return PriorTrainer(model=model, args=args, train_dataset=image_data(26), prior=prior)
+
+    whole = trainer(tmp_path / "whole", 8)
+    whole.train()
+    first = trainer(tmp_path / "part", 4, save_strategy="steps", save_steps=4)
+    first.train()
+    second = trainer(tmp_path / "part", 8)
+    second.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"))
+    for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_the_logged_prior_loss_is_the_penalty_at_the_weights_of_the_step(tmp_path):
+    model = tiny_vit()
+    prior = random_prior(model, variance=1e-5, shift=0.01)
+    trainer, watch = trained(model, prior, tmp_path, max_steps=5, eval_strategy="steps", eval_steps=2)
+    logged = [entry["prior_loss"] for entry in trainer.state.log_history if "prior_loss" in entry]
+    sigma, names = dense_covariance(prior), list(prior.mean)
+    assert len(logged) == 5
+    for value, weights in zip(logged, watch.weights, strict=False):
+        delta = flat(weights, names) - flat(prior.mean, names)
+        nats = 0.5 * float(delta @ torch.linalg.solve(sigma, delta))
+        nats += sum(float(p.double().square().sum()) for n, p in weights.items() if n not in prior.mean) / 0.5 / 2
+        assert value == pytest.approx(nats / 26, rel=1e-3)  # weights are rounded to float32: 1e-7 of sd's of 3e-3

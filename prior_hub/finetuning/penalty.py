@@ -172,13 +172,18 @@ class PriorPenalty:
             The `ProximalStep`; `remove()` takes it off again.
 
         Raises:
-            ValueError: the optimizer is another one, maximises, or does not train all the parameters under the prior.
+            ValueError: the optimizer is another one, maximises, decays parameters under the prior, does not train all of
+                them, or has a prior attached already.
         """
         return ProximalStep(self, optimizer)
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """Trainable parameters under the prior or the head prior, by canonical name."""
         return {name: self._parameters[name] for name in self._trained} | self._head
+
+    def covered_parameters(self) -> dict[str, Tensor]:
+        """Parameters under the prior or the head prior, frozen ones too, by canonical name."""
+        return self._parameters | self._head
 
     @torch.no_grad()
     def proximal_step_(self, lengths: Mapping[int, float | Tensor]) -> Tensor:
@@ -234,7 +239,7 @@ class PriorPenalty:
         changes = [f"learning_rate to {_two_digits(2 / curvature, math.floor)} or less", " and ".join(wider)]
         if smallest < stable:
             changes.append("or learn the prior with a larger variance_floor")
-        changes.append("or use prior_update='implicit' (PriorPenalty.attach), which is stable at any scale")
+        changes.append("or use prior_update='implicit' (SGD, Adam, AdamW), which is stable at any scale")
         warnings.warn(
             f"the prior is too stiff for this learning rate: learning rate {learning_rate:g} x largest precision "
             f"{curvature * self.num_examples:.3g} / N {self.num_examples} = {product:.3g}, and plain gradient steps are stable "

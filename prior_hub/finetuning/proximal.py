@@ -25,7 +25,9 @@ Source: Lions and Mercier 1979 (forward-backward splitting); Parikh and Boyd 201
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,8 +49,15 @@ _STIFF_ADAM = 0.01  # nats per example that one step of size lr in every weight 
 
 
 def can_step_implicitly(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's metric M is known here."""
-    return isinstance(optimizer, torch.optim.SGD | torch.optim.Adam)  # AdamW is an Adam in every torch this runs on
+    """Whether the optimizer's metric M is known here: SGD, Adam or AdamW with their own `step`, not a subclass with another."""
+    known = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    return inspect.unwrap(type(optimizer).step) in [inspect.unwrap(kind.step) for kind in known]
+
+
+def highest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The highest learning rate of the schedule, as far as the optimizer's groups tell it (OneCycleLR writes max_lr)."""
+    names = ("max_lr", "initial_lr", "lr")
+    return max(float(group[name]) for group in optimizer.param_groups for name in names if name in group)
 
 
 def chosen_update(requested: str, penalty: PriorPenalty, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
@@ -74,7 +83,7 @@ def chosen_update(requested: str, penalty: PriorPenalty, optimizer: torch.optim.
         return requested, "as asked for"
     if not known:
         return "gradient", f"the step lengths of {type(optimizer).__name__} are not known (they are for {SUPPORTED})"
-    rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    rate = highest_rate(optimizer)
     if isinstance(optimizer, torch.optim.SGD):
         stiffness, limit = rate * penalty.curvature(), _STIFF_SGD
         what = f"learning rate {rate:g} x largest precision / N = {stiffness:.3g}"
@@ -103,11 +112,9 @@ class ProximalStep:
         penalty: the bound prior.
         optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` over the penalty's parameters, without weight decay on them.
 
-    Attributes:
-        clip: the clipping coefficient of the coming step, 1 when the gradient is not clipped; back to 1 after the step.
-
     Raises:
-        ValueError: the optimizer's metric is not known, it maximises, or does not train a parameter under the prior.
+        ValueError: the optimizer's metric is not known, it maximises, decays a parameter under the prior or does not train
+            one, or has a prior attached already.
     """
 
     def __init__(self, penalty: PriorPenalty, optimizer: torch.optim.Optimizer) -> None:
@@ -126,14 +133,34 @@ class ProximalStep:
                 f"the optimizer does not train {len(missing)} of the parameters under the prior ({missing[0]!r}). Make it over "
                 "the parameters as they are now (after wrapping and sharding), or freeze those with requires_grad_(False)."
             )
+        names = {id(p): name for name, p in penalty.covered_parameters().items()}
+        for group in optimizer.param_groups:
+            decayed = [names[id(p)] for p in group["params"] if id(p) in names] if group.get("weight_decay") else []
+            if decayed:
+                raise ValueError(
+                    f"the optimizer decays {len(decayed)} parameters that are under the prior ({decayed[0]!r}, weight_decay="
+                    f"{group['weight_decay']}): they would be pulled to zero as well. Give them weight_decay=0 (note that "
+                    "torch.optim.AdamW decays by 0.01 unless told otherwise)."
+                )
+        hooks = optimizer._optimizer_step_post_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), ProximalStep) for hook in hooks):
+            raise ValueError(
+                "a prior is attached to this optimizer already, and would count twice: remove() that one, or make a new "
+                "optimizer."
+            )
         self.penalty = penalty
-        self.clip = 1.0
+        self._clip = 1.0
+        self._clips: dict[int, float] = {}
         self._value: Tensor | None = None
-        self._handle = optimizer.register_step_post_hook(self._after)
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
 
     def remove(self) -> None:
         """Detach from the optimizer."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def value(self) -> Tensor:
         """penalty / N at the weights after the last step, 0-d float64; worked out if there was no step yet."""
@@ -141,37 +168,49 @@ class ProximalStep:
             self._value = self.penalty.penalty() / self.penalty.num_examples
         return self._value
 
-    def ensure_gradients_(self) -> None:
-        """Give parameters that the loss did not reach a gradient of zero, so that the optimizer has a step length for them."""
+    def clipped(self, norm: float | Tensor, max_norm: float, parameters: Iterable[Tensor] | None = None) -> None:
+        """Say that the coming step's gradient, of norm `norm`, was clipped to `max_norm` (as torch does it).
+
+        Args:
+            norm: of the gradient before clipping.
+            max_norm: what it was clipped to.
+            parameters: those it was the gradient of; all when None.
+        """
+        if isinstance(norm, Tensor) and is_sharded(norm):
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        coefficient = min(1.0, max_norm / (float(norm) + 1e-6))
+        if parameters is None:
+            self._clip, self._clips = coefficient, {}
+        else:
+            self._clips |= {id(p): coefficient for p in parameters}
+
+    def clip_grad_norm_(self, parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_`, which the prior's step then takes into account; before every step, or never."""
+        chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(chosen, max_norm)
+        self.clipped(norm, max_norm, chosen)
+        return norm
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook before `optimizer.step()`: Adam has a step length only for parameters that have a gradient."""
+        del optimizer, args, kwargs
         for parameter in self.penalty.trained_parameters().values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def clipped(self, norm: float | Tensor, max_norm: float) -> None:
-        """Say that the coming step's gradient, of norm `norm`, was clipped to `max_norm` (as torch does it)."""
-        if isinstance(norm, Tensor) and is_sharded(norm):
-            norm = norm.full_tensor()  # type: ignore[attr-defined]
-        self.clip = min(1.0, max_norm / (float(norm) + 1e-6))
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_`, which the prior's step then takes into account."""
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        self.clipped(norm, max_norm)
-        return norm
-
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """The hook: after `optimizer.step()`."""
+        """The hook after `optimizer.step()`."""
         del args, kwargs
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips the step by itself under a GradScaler
-        if found_inf is not None and float(found_inf) > 0:
-            return
-        lengths = {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                lengths[id(parameter)] = _length(optimizer, group, parameter, self.clip)
-        self._value = self.penalty.proximal_step_(lengths) / self.penalty.num_examples
-        self.clip = 1.0
+        if found_inf is None or not float(found_inf) > 0:
+            lengths = {}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    clip = self._clips.get(id(parameter), self._clip)
+                    lengths[id(parameter)] = _length(optimizer, group, parameter, clip)
+            self._value = self.penalty.proximal_step_(lengths) / self.penalty.num_examples
+        self._clip, self._clips = 1.0, {}
 
 
 def _length(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, clip: float) -> float | Tensor:
@@ -186,6 +225,13 @@ def _length(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: 
         return 0.0  # no step was taken for it
     second = local_tensor(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])
     second = second.to(torch.promote_types(second.dtype, torch.float32))
-    correction = 1 - float(group["betas"][1]) ** float(state["step"])
-    length: Tensor = (rate * clip) / (second.sqrt() / math.sqrt(correction) + group["eps"])
+    length: Tensor = (rate * clip) / (second.sqrt() / _bias_correction(group["betas"][1], state["step"]) + group["eps"])
     return length
+
+
+def _bias_correction(beta: float | Tensor, step: float | Tensor) -> float | Tensor:
+    """sqrt(1 - beta^step), on the device where `step` is on one (fused, capturable): no wait for it."""
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        exact = torch.float32 if step.device.type == "mps" else torch.float64
+        return (1 - float(beta) ** step.to(exact)).sqrt()
+    return math.sqrt(1 - float(beta) ** float(step))

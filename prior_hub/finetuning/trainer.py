@@ -22,7 +22,7 @@ from transformers.utils import logging
 from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.penalty import PriorPenalty
-from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update
+from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update, highest_rate
 from prior_hub.model import PriorModel
 from prior_hub.priors.matching import NameMap, raw_names
 
@@ -244,6 +244,13 @@ class PriorTrainerMixin(_TrainerBase):
                     "that torch.optim.AdamW decays by 0.01 unless told otherwise), or let PriorTrainer make the optimizer."
                 )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer; the prior leaves the optimizer when training ends, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._detach()
+
     # --------------------------------------------------------------------------------------------------- the one seam
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -267,7 +274,6 @@ class PriorTrainerMixin(_TrainerBase):
             factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
             share = self.prior_penalty.add_gradient_(factor)
         else:  # the optimizer's step will be followed by the prior's
-            self._proximal.ensure_gradients_()
             share = self._proximal.value()
         share = share.to(device=nll.device, dtype=nll.dtype)
         self._prior_total = share if self._prior_total is None else self._prior_total + share
@@ -308,8 +314,7 @@ class PriorTrainerMixin(_TrainerBase):
         if self.prior_update == "implicit":
             self._proximal = penalty.attach(optimizer)
             return
-        rates = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in optimizer.param_groups]
-        penalty.warn_if_unstable(max(rates, default=float(self.args.learning_rate)))
+        penalty.warn_if_unstable(highest_rate(optimizer))
 
     def _detach(self) -> None:
         """Training has ended, or begins anew: a later optimizer step of somebody else is none of the prior's business."""
@@ -374,11 +379,6 @@ class _BindPrior(TrainerCallback):
         """Trainer's event."""
         del args, state, control, kwargs
         self._trainer._begin()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer's event."""
-        del args, state, control, kwargs
-        self._trainer._detach()
 
 
 class PriorTrainer(PriorTrainerMixin, Trainer):

@@ -106,7 +106,7 @@ class LowRankGaussian:
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
-        self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # (its step, K x K factor)
+        self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # (its step, (K, K) inverse)
 
     # ---------------------------------------------------------------------------------------------- shape and views
 
@@ -241,7 +241,7 @@ class LowRankGaussian:
 
         Returns:
             The penalty at the new theta in nats, 0-d float64, a by-product: with y = Sigma^-1 (new theta - mean) it is
-            1/2 (|A^1/2 y|^2 + |z|^2).
+            1/2 (|A^1/2 y|^2 + |z|^2). It is that of the new theta before it is rounded to its own type.
 
         Raises:
             PriorMatchError: a name is missing or a shape differs.
@@ -252,8 +252,11 @@ class LowRankGaussian:
             if not known or (isinstance(length, Tensor) and length.ndim and length.shape != self.mean[name].shape):
                 raise PriorMatchError(f"cannot step {name!r}: no such parameter, or the step has another shape.")
         device = self._device()
+        # flat once: a tensor in channels_last would be copied for every block; and a step of 0 leaves a weight alone
+        lengths = {n: c.reshape(-1) if isinstance(c, Tensor) and c.ndim else c for n, c in step.items()}
+        lengths = {n: c for n, c in lengths.items() if isinstance(c, Tensor) or c != 0}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._step(theta, dict(step), device)
+            return self._step(theta, lengths, device) if lengths else self._evaluate(theta, None)
 
     def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
         accumulator = _accumulator(device)
@@ -284,8 +287,8 @@ class LowRankGaussian:
     def _step_solution(self, theta: Mapping[str, Tensor], step: Mapping[str, float | Tensor], device: torch.device) -> Tensor:
         """z of the implicit step: (I + U^T (A + C)^-1 U) z = U^T (A + C)^-1 delta, (K,).
 
-        The K x K matrix costs K passes over the deviations, and C changes with every learning rate, so it is factorised
-        for a C near by and the system is solved by conjugate gradients with that factor, at one pass per iteration.
+        The K x K matrix costs K passes over the deviations, and C changes with every learning rate, so it is inverted
+        for a C near by and the system is solved by conjugate gradients with that inverse, at one pass per iteration.
         """
         accumulator, low_rank = _accumulator(device), self._low_rank_scale()
         small = self.rank * self.num_parameters <= _SMALL  # then all in float64: it costs nothing
@@ -302,14 +305,17 @@ class LowRankGaussian:
                     out += self._weight(name) * (rows @ ((vector.to(work) @ rows) / diagonal)).to(accumulator)
             return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
 
-        def factorise(at: Mapping[str, float | Tensor]) -> None:
+        def factorise(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> None:
             gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
             for name in self.names:
                 for start, stop in self._blocks(name):
-                    rows, diagonal = self._rows(name, start, stop, work), self._diagonal(name, start, stop, work)
-                    diagonal += _block(at.get(name, 0.0), start, stop, work)
+                    rows, diagonal = self._rows(name, start, stop, dtype), self._diagonal(name, start, stop, dtype)
+                    diagonal += _block(at.get(name, 0.0), start, stop, dtype)
                     gram += self._weight(name) * ((rows / diagonal) @ rows.T).to(accumulator)
-            self._stepped = (key, self._factorised(gram if self._sum is None else self._sum(gram)))
+            gram = gram if self._sum is None else self._sum(gram)
+            values, vectors = torch.linalg.eigh((0.5 * low_rank**2 * (gram + gram.T)).cpu())
+            # I + a positive matrix: what rounding made of its small eigenvalues is no reason to give up
+            self._stepped = (key, ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(device))
 
         right = torch.zeros(self.rank, dtype=accumulator, device=device)
         for name in self.names:
@@ -319,13 +325,15 @@ class LowRankGaussian:
                 diagonal += _block(step.get(name, 0.0), start, stop, work)
                 right += self._weight(name) * (self._rows(name, start, stop, work) @ (delta / diagonal)).to(accumulator)
         right = low_rank * (right if self._sum is None else self._sum(right))
+        if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
+            return torch.full_like(right, math.nan)
         tolerance = 1e-13 if work == torch.float64 else 1e-7
         if self._stepped is None or self._stepped[0] != key:
-            factorise(nearby)
+            factorise(nearby, work)
         assert self._stepped is not None  # noqa: S101
         solution, settled = _conjugate_gradients(through, right, self._stepped[1], tolerance)
-        if not settled:  # C has moved far from the one that was factorised
-            factorise(step)
+        if not settled:  # C has moved far from the one that was factorised, or float32 was too coarse for it
+            factorise(step, accumulator)
             solution, _ = _conjugate_gradients(through, right, self._stepped[1], tolerance)
         return solution
 
@@ -680,10 +688,10 @@ class _PenaltyFunction(torch.autograd.Function):
 
 
 def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype) -> float | Tensor:
-    """The part of a step length (a number, 0-d, or a shaped tensor) that belongs to one block."""
+    """The part of a step length (a number, 0-d, or flat) that belongs to one block."""
     if not isinstance(length, Tensor):
         return length
-    return length.to(dtype) if not length.ndim else length.reshape(-1)[start:stop].to(dtype)
+    return (length[start:stop] if length.ndim else length).to(dtype)
 
 
 def _nearby(step: Mapping[str, float | Tensor]) -> tuple[Mapping[str, float | Tensor], tuple[tuple[str, float], ...] | None]:
@@ -694,16 +702,16 @@ def _nearby(step: Mapping[str, float | Tensor]) -> tuple[Mapping[str, float | Te
     """
     if any(isinstance(length, Tensor) for length in step.values()):
         return step, None
-    rounded = {name: 2.0 ** (round(2 * math.log2(length)) / 2) if length else 0.0 for name, length in step.items()}
+    rounded = {name: 2.0 ** (round(2 * math.log2(length)) / 2) for name, length in step.items()}
     return rounded, tuple(rounded.items())
 
 
 def _conjugate_gradients(
-    matrix: Callable[[Tensor], Tensor], right: Tensor, factor: Tensor, tolerance: float, iterations: int = 12
+    matrix: Callable[[Tensor], Tensor], right: Tensor, inverse: Tensor, tolerance: float, iterations: int = 12
 ) -> tuple[Tensor, bool]:
-    """(x with matrix(x) = right, whether it settled), preconditioned by a Cholesky factor of a matrix near by."""
+    """(x with matrix(x) = right, whether it settled), preconditioned by the inverse of a matrix near by, (K, K)."""
     x, residual = torch.zeros_like(right), right
-    direction = preconditioned = torch.cholesky_solve(residual.unsqueeze(1), factor).squeeze(1)
+    direction = preconditioned = inverse @ residual
     size = first = float(residual @ preconditioned)
     for _ in range(iterations):
         if not size > tolerance**2 * first:
@@ -711,7 +719,7 @@ def _conjugate_gradients(
         image = matrix(direction)
         length = size / float(direction @ image)
         x, residual = x + length * direction, residual - length * image
-        preconditioned = torch.cholesky_solve(residual.unsqueeze(1), factor).squeeze(1)
+        preconditioned = inverse @ residual
         before, size = size, float(residual @ preconditioned)
         direction = preconditioned + (size / before) * direction
     return x, not size > tolerance**2 * first
