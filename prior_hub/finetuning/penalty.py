@@ -27,6 +27,8 @@ from prior_hub.priors.matching import Match, NameMap, canonical_parameters
 
 __all__ = ["PriorPenalty"]
 
+_MARGIN = 1.001  # on advice given as a number: the largest precision is an estimate, in float32
+
 
 class PriorPenalty:
     """The prior's part of the loss, for any training loop.
@@ -230,13 +232,15 @@ class PriorPenalty:
         smallest, eps, scale = 1 / self.gaussian.largest_precision(), self.gaussian.eps, self.gaussian.scale
         wider = []
         if self._head_precision() * stable > 1:
-            wider.append(f"prior_head_variance from {self.head_variance:g} to {_two_digits(stable, math.ceil)} or more")
+            wider.append(
+                f"prior_head_variance from {self.head_variance:g} to {_two_digits(stable * _MARGIN, math.ceil)} or more"
+            )
         if smallest < stable and smallest - eps > 1e-3 * smallest:
             enough = scale * (stable - eps) / (smallest - eps)
-            wider.append(f"prior_scale from {scale:g} to {_two_digits(enough, math.ceil)} or more")
+            wider.append(f"prior_scale from {scale:g} to {_two_digits(enough * _MARGIN, math.ceil)} or more")
         elif smallest < stable:
             wider.append(f"the prior's eps, {eps:g}, which prior_scale does not change")
-        changes = [f"learning_rate to {_two_digits(2 / curvature, math.floor)} or less", " and ".join(wider)]
+        changes = [f"learning_rate to {_two_digits(2 / curvature / _MARGIN, math.floor)} or less", " and ".join(wider)]
         if smallest < stable:
             changes.append("or learn the prior with a larger variance_floor")
         changes.append("or use prior_update='implicit' (SGD, Adam, AdamW), which is stable at any scale")
