@@ -9,7 +9,6 @@ import math
 import re
 import warnings
 
-import matplotlib.figure  # noqa: F401 - here, where old versions may warn about what they import
 import pytest
 import torch
 from transformers.utils import logging
@@ -26,6 +25,7 @@ def run(tmp_path_factory):
     text, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(errors), warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")  # 3.9 with a new pyparsing
         result = run_demo(folder, seeds=2, quick=True, progress=False)
     assert errors.getvalue() == ""
     return result, folder, text.getvalue()

@@ -236,8 +236,8 @@ class PriorPenalty:
                 f"prior_head_variance from {self.head_variance:g} to {_two_digits(stable * _MARGIN, math.ceil)} or more"
             )
         if smallest < stable and smallest - eps > 1e-3 * smallest:
-            enough = scale * (stable - eps) / (smallest - eps)
-            wider.append(f"prior_scale from {scale:g} to {_two_digits(enough * _MARGIN, math.ceil)} or more")
+            enough = _two_digits(_MARGIN * scale * (stable - eps) / (smallest - eps), math.ceil)
+            wider.append(f"prior_scale from {scale:g} to {enough} or more")
         elif smallest < stable:
             wider.append(f"the prior's eps, {eps:g}, which prior_scale does not change")
         changes = [f"learning_rate to {_two_digits(2 / curvature / _MARGIN, math.floor)} or less", " and ".join(wider)]
