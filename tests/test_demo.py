@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     text, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(errors), warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")  # 3.9 with a new pyparsing
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib|pyparsing")  # 3.9 with a new one
         result = run_demo(folder, seeds=2, quick=True, progress=False)
     assert errors.getvalue() == ""
     return result, folder, text.getvalue()
