@@ -67,11 +67,11 @@ def test_variances_at_the_floor_are_counted_and_remarked_on_above_one_half():
     assert unknown.remarks == ()
 
 
-def learned(path) -> PriorModel:
+def learned(path, rank=8, steps=16) -> PriorModel:
     """SWAG over a model whose weights go along `path(step)`, (P,)."""
     model = nn.Linear(20, 10, bias=False)
-    estimator = SwagEstimator(rank=8, head=(), variance_floor=1e-12)
-    for step in range(16):
+    estimator = SwagEstimator(rank=rank, head=(), variance_floor=1e-12)
+    for step in range(steps):
         with torch.no_grad():
             model.weight.copy_(path(step).view(10, 20))
         estimator.update(model)
@@ -87,6 +87,31 @@ def test_weights_that_drift_along_a_line_are_told_from_weights_that_fluctuate():
     noise = learned(lambda step: start + 0.1 * torch.randn(200, generator=g)).diagnose()
     assert noise.effective_rank > 6
     assert noise.remarks == ()
+
+
+def test_a_random_walk_is_told_from_a_stationary_distribution_with_memory():
+    """Snapshots of a walk have an effective rank near 2.5; those of a chain that forgets within a few snapshots more."""
+    g = torch.Generator().manual_seed(0)
+    state = torch.zeros(200)
+
+    def chain(memory):
+        def step(_):
+            state.mul_(memory).add_(0.1 * torch.randn(200, generator=g))
+            return state
+
+        return step
+
+    walk = learned(chain(1.0), rank=20, steps=20).diagnose()
+    assert walk.effective_rank == pytest.approx(2.5, abs=0.7)
+    (remark,) = walk.remarks
+    assert "as those of a random walk have (2.5)" in remark
+    assert "prior_rank=0" in remark
+    state.zero_()
+    for _ in range(50):
+        chain(0.5)(0)
+    settled = learned(chain(0.5), rank=20, steps=20).diagnose()
+    assert settled.effective_rank > 6
+    assert settled.remarks == ()
 
 
 def test_check_prints_it_and_gives_it_as_json(tmp_path, capsys):
