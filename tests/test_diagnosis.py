@@ -104,7 +104,7 @@ def test_a_random_walk_is_told_from_a_stationary_distribution_with_memory():
     walk = learned(chain(1.0), rank=20, steps=20).diagnose()
     assert walk.effective_rank == pytest.approx(2.5, abs=0.7)
     (remark,) = walk.remarks
-    assert "as those of a random walk have (2.5)" in remark
+    assert "of 20, that of a random walk (2.5)" in remark
     assert "prior_rank=0" in remark
     state.zero_()
     for _ in range(50):

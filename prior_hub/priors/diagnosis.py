@@ -90,10 +90,10 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagn
         )
     elif gaussian.rank >= 8 and 0 < effective < 3:
         remarks.append(
-            f"the deviations have an effective rank of {effective:.1f} of {gaussian.rank}, as those of a random walk have (2.5), "
-            "so the weights were still on their way, and the low-rank part says where they went, not how far they may go. Train "
-            "longer before the first snapshot, with a larger learning rate, and take snapshots further apart (every_n_steps); "
-            "or use the diagonal (prior_rank=0)."
+            f"the deviations have an effective rank of {effective:.1f} of {gaussian.rank}, that of a random walk (2.5): "
+            "the low-rank part says where the weights went, not how far they may go. Train longer before the first "
+            "snapshot, with a larger learning rate, and take snapshots further apart (every_n_steps); or use the diagonal "
+            "(prior_rank=0)."
         )
     elif gaussian.rank >= 4 and held == 0:
         remarks.append("the deviations are all zero: the weights did not move between snapshots.")
