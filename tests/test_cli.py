@@ -192,6 +192,7 @@ def test_the_installed_script_and_the_module_are_the_same_program(folder):
         assert "org/tiny" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "prior_hub.cli", "demo", "--quick", "--seeds", "1", "--output", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)

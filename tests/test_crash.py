@@ -374,6 +374,7 @@ def found() -> Iterator[dict[str, Any]]:
         yield json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_save_killed_at_any_point_leaves_the_old_prior_or_the_new_and_the_next_save_tidies_up(found, case):
     result = found[case]
@@ -385,28 +386,33 @@ def test_a_save_killed_at_any_point_leaves_the_old_prior_or_the_new_and_the_next
     assert result["rolling"], "some points lie between the moment the new prior is current and its files being in place"
 
 
+@pytest.mark.slow
 def test_a_save_in_which_any_one_operation_fails_leaves_the_old_prior_or_the_new_and_says_so(found):
     result = found["failing"]
     assert result["wrong"] == []
     assert result["states"].keys() == {"old", "new"}
 
 
+@pytest.mark.slow
 def test_a_crash_during_the_recovery_from_a_crash_loses_nothing_either(found):
     result = found["two crashes"]
     assert result["wrong"] == []
     assert result["states"].keys() == {"new", "also"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_os_error_with_its_number_and_the_old_prior_stays(found):
     result = found["disk full"]
     assert result["wrong"] == []
     assert result["states"]["old"] >= 5
 
 
+@pytest.mark.slow
 def test_a_folder_one_may_not_write_to_is_a_permission_error_and_the_prior_in_it_stays(found):
     assert found["read only"]["wrong"] == []
 
 
+@pytest.mark.slow
 def test_processes_that_save_into_one_folder_take_turns(found):
     assert found["writers"] == {"wrong": [], "left": []}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,11 +43,15 @@ IMPLICIT_RUNS = [f"ddp {name}" for name in IMPLICIT] + [pytest.param(f"fsdp {nam
 def start(script: str, *arguments: str, processes: int | None) -> None:
     """Run a worker, with `processes` under torchrun; its output is the failure's message."""
     here = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), environment.get("PYTHONPATH", "")])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     command = [sys.executable, *launcher, str(here / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    if "exitcode: -11" in done.stderr:  # a segmentation fault of torch over gloo, seen once in some twenty launches: once more
+        print(done.stderr[-6000:])
+        shutil.rmtree(Path(arguments[0]) / "out", ignore_errors=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 

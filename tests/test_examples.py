@@ -55,6 +55,7 @@ def parquet(folder, *, classes, column, rows):
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
 
 
+@pytest.mark.slow
 def test_cifar_resnet20_runs_on_local_folders_and_prints_the_table_of_its_numbers(tmp_path, monkeypatch):
     import torch
     from safetensors.torch import save_file

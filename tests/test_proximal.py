@@ -264,7 +264,9 @@ def minimised(model, prior, make, rate, steps, *, max_norm=None, decay=True):
     return torch.cat([model.weight.reshape(-1), model.bias]).detach().double()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("momentum", "adamw") else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
+)
 @pytest.mark.parametrize("max_norm", [None, 1.5])
 def test_every_optimizer_reaches_the_closed_form_map_of_a_stiff_quadratic(name, max_norm):
     model, prior = Quadratic(), stiff_prior()
@@ -301,7 +303,7 @@ def test_where_the_implicit_form_converges_the_gradient_form_diverges():
     assert not float(penalty.penalty()) < 1e20
 
 
-@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["momentum", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_at_a_soft_prior_both_forms_end_in_the_same_weights(name):
     ends = []
     for implicit in (True, False):
