@@ -48,7 +48,7 @@ def start(script: str, *arguments: str, processes: int | None) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     command = [sys.executable, *launcher, str(here / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    if "exitcode: -11" in done.stderr:  # a segmentation fault of torch over gloo, seen once in some twenty launches: once more
+    if "exitcode: -11" in done.stderr:  # a segmentation fault seen once in some ten launches, cause unknown: once more
         print(done.stderr[-6000:])
         shutil.rmtree(Path(arguments[0]) / "out", ignore_errors=True)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
