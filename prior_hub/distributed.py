@@ -22,6 +22,7 @@ __all__ = [
     "local_tensor",
     "moved_placements",
     "reshard",
+    "shard_index",
     "shard_like",
     "sum_over_ranks",
 ]
@@ -91,6 +92,20 @@ def contribution(tensor: Tensor) -> float:
     pairs = zip(mesh.shape, tensor.placements, strict=True)  # type: ignore[attr-defined]
     shards: int = math.prod(size for size, placement in pairs if not isinstance(placement, Replicate))
     return float(shards) / _world_size()
+
+
+def shard_index(tensor: Tensor) -> int:
+    """Which of a tensor's shards this rank holds, 0, 1, ...; ranks that hold the same entries have the same index."""
+    if not is_sharded(tensor):
+        return 0
+    from torch.distributed.tensor.placement_types import Replicate
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    index = 0
+    for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), tensor.placements, strict=True):  # type: ignore[attr-defined]
+        if not isinstance(placement, Replicate):
+            index = index * size + place
+    return index
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -372,27 +372,120 @@ class LowRankGaussian:
         if self._sum is not None:
             raise NotImplementedError("Sampling from a sharded Gaussian is not supported; sample from the full prior.")
         device = generator.device if generator is not None else self._device()
-        low_rank = self._low_rank_scale()
         shared = torch.randn(self.rank, dtype=_accumulator(device), device=device, generator=generator)
         shared = shared.to(dtype=_accumulator(self._device())).to(self._device())
-        with torch.autocast(self._device().type, enabled=False):
-            return self._draw(shared, low_rank, device, generator)
 
-    def _draw(
-        self, shared: Tensor, low_rank: float, device: torch.device, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        draw: dict[str, Tensor] = {}
-        for name, mean in self.mean.items():
+        def white(name: str) -> Tensor:
+            mean = self.mean[name]
             dtype = torch.promote_types(mean.dtype, torch.float32)
-            noise = torch.randn(mean.shape, dtype=dtype, device=device, generator=generator).to(mean.device)
-            out = torch.empty(mean.numel(), dtype=dtype, device=mean.device)
-            for start, stop in self._blocks(name):
-                block = noise.reshape(-1)[start:stop] * self._diagonal(name, start, stop, dtype).sqrt()
-                if low_rank:
-                    block += (low_rank * shared).to(dtype) @ self._rows(name, start, stop, dtype)
-                out[start:stop] = mean.reshape(-1)[start:stop] + block
-            draw[name] = out.view(mean.shape)
+            return torch.randn(mean.shape, dtype=dtype, device=device, generator=generator).to(mean.device)
+
+        noise = self.coloured_noise(white, shared)
+        return {name: self.mean[name] + noise[name] for name in self.names}
+
+    def coloured_noise(self, white: Callable[[str], Tensor], shared: Tensor) -> dict[str, Tensor]:
+        """Sigma^1/2 noise: A^1/2 white + U shared, which has covariance Sigma and mean zero where both are standard normal.
+
+        Args:
+            white: called once for every name, in order, gives standard normal noise of its (local) shape.
+            shared: (K,) standard normal, one vector for all parameters, the same on every rank.
+
+        Returns:
+            name -> (*shape).
+        """
+        low_rank = self._low_rank_scale()
+        draw: dict[str, Tensor] = {}
+        with torch.autocast(self._device().type, enabled=False):
+            for name in self.names:
+                noise = white(name)
+                out = torch.empty(noise.numel(), dtype=noise.dtype, device=noise.device)
+                for start, stop in self._blocks(name):
+                    block = noise.reshape(-1)[start:stop] * self._diagonal(name, start, stop, noise.dtype).sqrt()
+                    if low_rank:
+                        block += (low_rank * shared).to(noise.dtype) @ self._rows(name, start, stop, noise.dtype)
+                    out[start:stop] = block
+                draw[name] = out.view(noise.shape)
         return draw
+
+    def covariance_product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sigma v = A v + U U^T v: what turns a gradient into a step in the Gaussian's own metric; no solve, two reads of D.
+
+        Args:
+            vectors: name -> (*shape) for every name of the Gaussian (this rank's shards of sharded ones).
+
+        Returns:
+            name -> (*shape), float32 or wider.
+
+        Raises:
+            PriorMatchError: a name is missing or a shape differs.
+        """
+        self._checked_names(vectors)
+        low_rank, device = self._low_rank_scale(), self._device()
+        flat = {name: vectors[name].detach().reshape(-1) for name in self.names}
+        product: dict[str, Tensor] = {}
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            inner = torch.zeros(self.rank, dtype=_accumulator(device), device=device)
+            for name in self.names if low_rank else ():
+                dtype = torch.promote_types(flat[name].dtype, torch.float32)
+                for start, stop in self._blocks(name):
+                    part = self._rows(name, start, stop, dtype) @ flat[name][start:stop].to(dtype)
+                    inner += self._weight(name) * part.to(inner.dtype)
+            if low_rank and self._sum is not None:
+                self._sum(inner)
+            for name in self.names:
+                dtype = torch.promote_types(flat[name].dtype, torch.float32)
+                out = torch.empty(flat[name].numel(), dtype=dtype, device=flat[name].device)
+                for start, stop in self._blocks(name):
+                    block = self._diagonal(name, start, stop, dtype) * flat[name][start:stop].to(dtype)
+                    if low_rank:
+                        block += (low_rank**2 * inner).to(dtype) @ self._rows(name, start, stop, dtype)
+                    out[start:stop] = block
+                product[name] = out.view(vectors[name].shape)
+        return product
+
+    def conditional(self, given: Mapping[str, Tensor]) -> LowRankGaussian:
+        """The Gaussian over the other names, given the values of some: what a prior says once a part of the model is frozen.
+
+        With G the given names, L L^T = (I + U_G^T A_G^-1 U_G)^-1 and m = L L^T U_G^T A_G^-1 delta_G, the others keep their
+        diagonal, their mean moves by U m, and U becomes U L.
+
+        Args:
+            given: name -> (*shape), some of the names but not all.
+
+        Raises:
+            PriorMatchError: a name that is unknown, all of them, or another shape.
+        """
+        for name, value in given.items():
+            if name not in self.mean or value.shape != self.mean[name].shape:
+                raise PriorMatchError(f"cannot condition on {name!r}: no such parameter, or its value has another shape.")
+        rest = [name for name in self.names if name not in given]
+        if not rest:
+            raise PriorMatchError("all parameters of the prior are given: nothing is left of it.")
+        if not given:
+            return self
+        if not self._low_rank_scale():
+            return self.select(rest)
+        known, low_rank = self.select([name for name in self.names if name in given]), self._low_rank_scale()
+        accumulator, device = _accumulator(self._device()), self._device()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            right = torch.zeros(self.rank, dtype=accumulator, device=device)
+            for name in known.names:
+                flat = given[name].detach().reshape(-1)
+                for start, stop in known._blocks(name):
+                    delta, diagonal = known._delta(name, flat, start, stop, accumulator)
+                    right += self._weight(name) * (known._rows(name, start, stop, accumulator) @ (delta / diagonal))
+            right = low_rank * (right if self._sum is None else self._sum(right))
+            factor = known._factorised(known._gram(accumulator, device))
+            shift = torch.cholesky_solve(right[:, None], factor)[:, 0]
+            # (C C^T)^-1 = L L^T with L = C^-T, so that the rows become L^T D = C^-1 D
+            mean, deviations = {}, {}
+            for name in rest:
+                rows = self.deviations[name].reshape(self.rank, -1).to(accumulator)
+                own = self.mean[name].to(accumulator)
+                mean[name] = (own + (low_rank * shift @ rows).view(own.shape)).to(self.mean[name].dtype)
+                mixed = torch.linalg.solve_triangular(factor, rows, upper=False)
+                deviations[name] = mixed.view(self.deviations[name].shape).to(self.deviations[name].dtype)
+        return self._with(mean=mean, variance={n: self.variance[n] for n in rest}, deviations=deviations)
 
     def marginal_variance(self) -> dict[str, Tensor]:
         """The diagonal of Sigma, name -> (*shape)."""
