@@ -40,7 +40,7 @@ _LAZY = {
     "isotropic_prior": "prior_hub.learning.isotropic",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
-    "recompute_batch_norm": "prior_hub.learning.batch_norm",
+    "recompute_batch_norm": "prior_hub.priors.batch_norm",
 }
 
 __all__ = [
@@ -76,11 +76,11 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
-    from prior_hub.learning.batch_norm import recompute_batch_norm
     from prior_hub.learning.callback import SwagCallback
     from prior_hub.learning.isotropic import isotropic_prior
     from prior_hub.learning.swag import SwagEstimator
     from prior_hub.model import PriorModel, push_prior_to_hub
+    from prior_hub.priors.batch_norm import recompute_batch_norm
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters

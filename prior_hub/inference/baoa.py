@@ -9,8 +9,8 @@ One step kicks by the gradient (B), drifts half a step (A), refreshes the moment
 **Without a prior** g is the gradient of the whole loss and A is theta <- theta + sqrt(lr)/2 m. For a quadratic loss the weights
 have the exact variance T / (N h) at every learning rate below the limit lr h < 4.
 
-**With a prior** N(mean, Sigma) it enters not by its gradient but by its own flow: C = Sigma, g is the gradient of the NLL alone,
-and A is an exact rotation in the plane of (theta - mean) and the momentum,
+**With a prior** N(mean, Sigma) it enters not by its gradient but by its own flow: C = Sigma, g is the gradient of the NLL
+alone, and A is an exact rotation in the plane of (theta - mean) and the momentum,
 
     theta - mean <-  c (theta - mean) + s sqrt(N) m          c = cos w, s = sin w, tan w = sqrt(lr / N) / 2
     m            <- -s (theta - mean) / sqrt(N) + c m
@@ -20,9 +20,9 @@ data the chain has the prior's own law exactly, for every lr. With the angle w (
 quadratic NLL too, below lr h < 4 with h its largest curvature in the coordinates in which the prior is standard normal, in
 which lr is meant. With T = 0 it comes to rest at the MAP solution, for every lr and friction.
 
-Source: Leimkuhler and Matthews 2013 (arXiv 1203.5428) for the splitting; Korol, Bou-Rabee and Miller 2019 (arXiv 1907.07941) for
-the Cayley angle; Cotter et al. 2013 (arXiv 1202.0709) for proposals that keep a Gaussian prior. Differs: SWAG's low-rank Gaussian
-as that prior, and minibatch gradients.
+Source: Leimkuhler and Matthews 2013 (arXiv 1203.5428) for the splitting; Korol, Bou-Rabee and Miller 2019 (arXiv 1907.07941)
+for the Cayley angle; Cotter et al. 2013 (arXiv 1202.0709) for proposals that keep a Gaussian prior. Differs: SWAG's low-rank
+Gaussian as that prior, and minibatch gradients.
 """
 
 from __future__ import annotations

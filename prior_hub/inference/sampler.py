@@ -90,10 +90,10 @@ class Sampler(torch.optim.Optimizer):
             if isinstance(diagonal, Tensor) and diagonal.ndim and diagonal.shape != local_tensor(parameter).shape:
                 shapes = f"{tuple(diagonal.shape)}, its parameter {tuple(local_tensor(parameter).shape)}"
                 raise ValueError(f"a preconditioner has shape {shapes}.")
-        low = {p.dtype for group in self.param_groups for p in group["params"] if p.dtype.itemsize < 4}
-        if low:
+        coarse = {p.dtype for group in self.param_groups for p in group["params"] if p.dtype.itemsize < 4}
+        if coarse:
             warnings.warn(
-                f"parameters are {', '.join(sorted(str(d).removeprefix('torch.') for d in low))}: most of a sampler's small "
+                f"parameters are {', '.join(sorted(str(d).removeprefix('torch.') for d in coarse))}: most of a sampler's small "
                 "steps and noise are rounded away there, so the samples are not those of the posterior. Keep the parameters "
                 "in float32 and use autocast (bf16=True) instead.",
                 PriorWarning,
@@ -101,7 +101,7 @@ class Sampler(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the chain.
 
         Args:
@@ -156,7 +156,10 @@ class Sampler(torch.optim.Optimizer):
             return
         if not self._measuring:
             self._measuring = {
-                id(p): local_tensor(p.grad).clone() for group in self.param_groups for p in self._moved(group) if p.grad is not None
+                id(p): local_tensor(p.grad).clone()
+                for group in self.param_groups
+                for p in self._moved(group)
+                if p.grad is not None
             }
             return
         before, self._measuring = self._measuring, None

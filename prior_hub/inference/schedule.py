@@ -6,11 +6,13 @@ The first part of a cycle explores at temperature 0 and a high rate, the rest sa
 falls, so that each cycle ends near a mode and tells its neighbourhood. "constant" is one long chain: exploration once, at
 the beginning, and one learning rate throughout.
 
-Source: Zhang et al. 2020 (arXiv 1902.03932), eq. 1 and algorithm 1. Differs: cycles share the steps evenly, so the last is whole.
+Source: Zhang et al. 2020 (arXiv 1902.03932), eq. 1 and algorithm 1. Differs: cycles share the steps evenly.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +20,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-import math
 
 __all__ = ["SCHEDULES", "CyclicalSchedule", "SamplingScheduler"]
 
@@ -59,9 +59,9 @@ class CyclicalSchedule:
             wanted = self.samples_per_cycle * (self.num_cycles if self.kind == "constant" else 1)
             if stop - first < wanted:
                 raise ValueError(
-                    f"{self.num_steps} steps in {self.num_cycles} cycles leave {stop - first} steps that sample (steps {first} to "
-                    f"{stop} of the cycle that begins at {start}), too few for {wanted} samples: train longer, or take fewer "
-                    "cycles, fewer samples, or less exploration."
+                    f"{self.num_steps} steps in {self.num_cycles} cycles leave the cycle that begins at step {start} only "
+                    f"{stop - first} steps that sample, too few for {wanted} samples: train longer, or take fewer cycles, "
+                    "fewer samples, or less exploration."
                 )
 
     @cached_property
@@ -69,7 +69,7 @@ class CyclicalSchedule:
         """(first step, first step that samples, step after the last) of each cycle, steps counted from 0."""
         count = self.num_cycles if self.kind == "cyclical" else 1
         bounds = [round(i * self.num_steps / count) for i in range(count + 1)]
-        return [(a, a + round(self.exploration * (b - a)), b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [(a, a + round(self.exploration * (b - a)), b) for a, b in itertools.pairwise(bounds)]
 
     def cycle(self, step: int) -> int:
         """The number of the cycle that `step` is in; the last one's for steps beyond the end."""
@@ -116,7 +116,7 @@ class SamplingScheduler(LRScheduler):
         step = self.last_epoch
         for group in self.optimizer.param_groups:
             group["temperature"] = group["initial_temperature"] if self.schedule.is_sampling(step) else 0.0
-        return [base * self.schedule.factor(step) for base in self.base_lrs]
+        return [float(base) * self.schedule.factor(step) for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers only: the schedule itself is made anew from its settings."""

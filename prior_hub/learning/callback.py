@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from prior_hub.distributed import is_sharded, reshard, sum_over_ranks
 from prior_hub.errors import PriorHubError, PriorWarning
-from prior_hub.learning.batch_norm import has_batch_norm, recompute_batch_norm
 from prior_hub.learning.swag import SwagEstimator
 from prior_hub.model import PriorModel
+from prior_hub.priors.batch_norm import has_batch_norm, recompute_batch_norm
 
 __all__ = ["SwagCallback"]
 

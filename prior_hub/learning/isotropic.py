@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from prior_hub.distributed import is_sharded
-from prior_hub.learning.batch_norm import batch_norm_buffers
 from prior_hub.learning.swag import source_facts
 from prior_hub.model import PriorModel
+from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.matching import canonical_parameters, without_head
 
 __all__ = ["isotropic_prior"]

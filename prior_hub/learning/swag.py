@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from prior_hub.distributed import is_sharded, local_tensor, moved_placements, reshard
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNumericsError
-from prior_hub.learning.batch_norm import batch_norm_buffers
 from prior_hub.model import PriorModel
+from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.config import is_hub_name
 from prior_hub.priors.matching import canonical_parameters, head_parameter_names, tied_names, unwrapped, without_head
 

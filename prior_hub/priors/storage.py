@@ -61,11 +61,14 @@ __all__ = [
     "INDEX_NAME",
     "StoredPrior",
     "file_sha256",
+    "open_tensors",
     "parse_size",
     "prior_files",
     "read_bounded",
     "read_config",
     "read_prior",
+    "save_tensors",
+    "sync",
     "write_prior",
 ]
 
@@ -132,7 +135,7 @@ def write_prior(
         try:
             hashes = {}
             for name, keys in shards.items():
-                _save_file({key: tensors[key] for key in keys}, staging / name)
+                save_tensors({key: tensors[key] for key in keys}, staging / name)
                 hashes[name] = file_sha256(staging / name)
             if len(shards) > 1:
                 total = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -148,13 +151,13 @@ def write_prior(
             mode = (staging / CONFIG_NAME).stat().st_mode
             for path in staging.iterdir():
                 path.chmod(mode)  # safetensors makes its files readable by their owner only
-                _sync(path)
-            _sync(staging)
+                sync(path)
+            sync(staging)
             staging.rename(folder / COMMIT_NAME)  # from here on the new prior is the current one
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        _sync(folder)
+        sync(folder)
         _roll_forward(folder)
     return written
 
@@ -220,8 +223,8 @@ def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[st
     return {f"prior-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
 
 
-def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one weight file; tensors that share memory (the same one under two names) are written once per key."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file; tensors that share memory (the same one under two names) are written once per key."""
     storable: dict[str, Tensor] = {}
     taken: dict[int, list[tuple[int, int]]] = {}  # storage -> ranges of bytes
     for key, tensor in tensors.items():
@@ -232,10 +235,10 @@ def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
         storable[key] = flat.clone() if any(start < b and a < stop for a, b in ranges) else flat
         ranges.append((start, stop))
     try:
-        save_file(storable, path, metadata={"format": "pt"})
+        save_file(storable, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # how safetensors reports a full disk
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, f"cannot write the prior ({error})", str(path)) from error
+        raise OSError(int(number[1]) if number else errno.EIO, f"cannot write the file ({error})", str(path)) from error
 
 
 def _roll_forward(folder: Path) -> None:
@@ -252,7 +255,7 @@ def _roll_forward(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in names and path.name.startswith("prior") and _is_weights_or_index(path.name):
             path.unlink()
-    _sync(folder)
+    sync(folder)
     trash = folder / f"{_TRASH}{secrets.token_hex(4)}"
     commit.rename(trash)
     shutil.rmtree(trash)
@@ -292,7 +295,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, onto the disk; folders where the system can."""
     if not path.is_dir():
         with path.open("r+b") as file:  # Windows flushes what is open for writing only
@@ -411,7 +414,7 @@ def _read(folder: Path, rank: int | None, verify: bool) -> StoredPrior:
                 )
     groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_KINDS, "buffer")}
     with contextlib.ExitStack() as stack:
-        handles = {name: stack.enter_context(_open(path)) for name, path in files.items()}
+        handles = {name: stack.enter_context(open_tensors(path)) for name, path in files.items()}
         where = _locate(handles, current, config)
         slices = {key: handles[file].get_slice(key) for key, file in where.items()}
         shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
@@ -465,7 +468,8 @@ def _weight_files(folder: Path, config: PriorConfig) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, memory-mapped; what is not one is a PriorFormatError."""
     try:
         try:
             file = _safe_open(path, framework="pt", device="cpu")
