@@ -87,15 +87,24 @@ class BAOA(Sampler):
         prior: Sequence[BoundGaussian] = (),
         **more: Any,
     ) -> None:
-        self._prior = list(prior)
+        self._prior: list[BoundGaussian] = []
+        self._under_prior: set[int] = set()
         super().__init__(params, lr, num_data=num_data, friction=friction, **more)
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self.attach(prior)
+
+    def attach(self, prior: Sequence[BoundGaussian]) -> None:
+        """Take `prior` in place of the one there is: where parameters are wrapped or sharded after the sampler was made.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
         seen: set[int] = set()
-        for bound in self._prior:
+        for bound in prior:
             if set(bound.parameters) != set(bound.gaussian.names):
                 raise ValueError("a BoundGaussian's parameters have other names than its Gaussian.")
             for name, parameter in bound.parameters.items():
-                if id(parameter) not in self._group_of:
+                if id(parameter) not in groups:
                     raise ValueError(
                         f"{name!r} is under the prior but not among the sampler's parameters: make it over the parameters as "
                         "they are now (after wrapping and sharding)."
@@ -103,17 +112,7 @@ class BAOA(Sampler):
                 if id(parameter) in seen or parameter in self._precondition:
                     raise ValueError(f"{name!r} has two priors, or a prior (which is its metric) and a preconditioner.")
                 seen.add(id(parameter))
-        self._under_prior = seen
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer."""
-        super().add_param_group(param_group)
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer."""
-        super().load_state_dict(state_dict)  # which makes new groups
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._prior, self._under_prior = list(prior), seen
 
     def _moved(self, group: dict[str, Any]) -> list[Tensor]:
         for parameter in group["params"]:
@@ -187,7 +186,8 @@ class BAOA(Sampler):
         return bound.gaussian.coloured_noise(lambda name: self._noise.like(bound.parameters[name]), shared)
 
     def _settings(self, bound: BoundGaussian) -> dict[str, Any]:
-        groups = [self._group_of[id(p)] for p in bound.parameters.values()]
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        groups = [group_of[id(p)] for p in bound.parameters.values()]
         for name in ("lr", "temperature", "friction"):
             values = {float(group[name]) for group in groups}
             if len(values) > 1:

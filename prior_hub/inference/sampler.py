@@ -70,10 +70,26 @@ class Sampler(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "temperature": temperature, **more})
         self.num_data = int(num_data)
         self._noise = NoiseSource(seed, chain)
-        self._precondition = dict(preconditioner or {})
+        self._precondition: dict[Tensor, Tensor | float] = {}
         self._measuring: dict[int, Tensor] | None = None
         self._measured: float | None = None
         self._check()
+        self.precondition(preconditioner or {})
+
+    def precondition(self, preconditioner: Mapping[Tensor, Tensor | float]) -> None:
+        """Take this diagonal in place of the one there is: where parameters are wrapped or sharded after the sampler was made.
+
+        Raises:
+            ValueError: an entry that is not positive, or a shape that is not its parameter's.
+        """
+        for parameter, diagonal in preconditioner.items():
+            lowest = float(diagonal.min()) if isinstance(diagonal, Tensor) else float(diagonal)
+            if not lowest > 0:
+                raise ValueError(f"the preconditioner has an entry of {lowest}, expected positive ones.")
+            if isinstance(diagonal, Tensor) and diagonal.ndim and diagonal.shape != local_tensor(parameter).shape:
+                shapes = f"{tuple(diagonal.shape)}, its parameter {tuple(local_tensor(parameter).shape)}"
+                raise ValueError(f"a preconditioner has shape {shapes}.")
+        self._precondition = dict(preconditioner)
 
     def _check(self) -> None:
         for group in self.param_groups:
@@ -83,13 +99,6 @@ class Sampler(torch.optim.Optimizer):
                 if not (low <= value <= high and math.isfinite(value)) or wrong_friction:
                     wanted = "above 0 and at most 1" if name == "friction" else "a finite number >= 0"
                     raise ValueError(f"{name} is {value}, expected {wanted}.")
-        for parameter, diagonal in self._precondition.items():
-            lowest = float(diagonal.min()) if isinstance(diagonal, Tensor) else float(diagonal)
-            if not lowest > 0:
-                raise ValueError(f"the preconditioner has an entry of {lowest}, expected positive ones.")
-            if isinstance(diagonal, Tensor) and diagonal.ndim and diagonal.shape != local_tensor(parameter).shape:
-                shapes = f"{tuple(diagonal.shape)}, its parameter {tuple(local_tensor(parameter).shape)}"
-                raise ValueError(f"a preconditioner has shape {shapes}.")
         coarse = {p.dtype for group in self.param_groups for p in group["params"] if p.dtype.itemsize < 4}
         if coarse:
             warnings.warn(

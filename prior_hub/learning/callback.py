@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prior_hub.distributed import is_sharded, reshard, sum_over_ranks
+from prior_hub.distributed import is_sharded, reshard
 from prior_hub.errors import PriorHubError, PriorWarning
 from prior_hub.learning.swag import SwagEstimator
 from prior_hub.model import PriorModel
-from prior_hub.priors.batch_norm import has_batch_norm, recompute_batch_norm
+from prior_hub.priors.batch_norm import has_batch_norm, over_ranks, recompute_batch_norm
 
 __all__ = ["SwagCallback"]
 
@@ -175,7 +175,7 @@ class SwagCallback(TrainerCallback):
                     progress=not args.disable_tqdm and state.is_local_process_zero,
                 )
             reshard(model)  # the full ones are those of the mean now
-            self._buffers = _over_ranks(own)
+            self._buffers = over_ranks(own)
         if len(self._learning_rates) > 1 and self._learning_rates[-1] < 0.05 * self._learning_rates[0]:
             warnings.warn(
                 f"the learning rate fell from {self._learning_rates[0]:.3g} to {self._learning_rates[-1]:.3g} while snapshots "
@@ -208,23 +208,6 @@ class SwagCallback(TrainerCallback):
             estimator={**schedule, **(estimator or {})},
             **arguments,
         )
-
-
-def _over_ranks(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The statistics over the batches of all ranks, from each rank's equal-weight average over its own."""
-    result = {}
-    for name, buffer in buffers.items():
-        seen = buffers.get(f"{name.rpartition('.')[0]}.num_batches_tracked")
-        if not buffer.is_floating_point():  # num_batches_tracked itself
-            result[name] = sum_over_ranks(buffer.clone())
-            continue
-        weight = torch.ones_like(buffer.reshape(-1)[:1]) if seen is None else seen.to(buffer.dtype).reshape(1)
-        total = sum_over_ranks(weight.clone())
-        if total.item() == 0:  # a module that no batch reaches
-            result[name] = buffer.clone()
-            continue
-        result[name] = sum_over_ranks(buffer * (weight / total))
-    return result
 
 
 def _rank_name() -> str:

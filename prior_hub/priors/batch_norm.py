@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prior_hub.distributed import local_tensor
+from prior_hub.distributed import local_tensor, sum_over_ranks
 from prior_hub.errors import PriorHubError
 from prior_hub.priors.matching import canonical_parameters, persistent_buffers
 
 _MOST_UNSIZED = 1000
 
-__all__ = ["batch_norm_buffers", "has_batch_norm", "recompute_batch_norm"]
+__all__ = ["batch_norm_buffers", "has_batch_norm", "over_ranks", "recompute_batch_norm"]
 
 
 def _normalisation_modules(model: nn.Module) -> list[Any]:
@@ -106,6 +106,23 @@ def recompute_batch_norm(
             module.momentum = momentum
         for module, training in modes.items():
             module.training = training
+
+
+def over_ranks(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics over the batches of all ranks, from each rank's equal-weight average over its own."""
+    result = {}
+    for name, buffer in buffers.items():
+        seen = buffers.get(f"{name.rpartition('.')[0]}.num_batches_tracked")
+        if not buffer.is_floating_point():  # num_batches_tracked itself
+            result[name] = sum_over_ranks(buffer.clone())
+            continue
+        weight = torch.ones_like(buffer.reshape(-1)[:1]) if seen is None else seen.to(buffer.dtype).reshape(1)
+        total = sum_over_ranks(weight.clone())
+        if total.item() == 0:  # a module that no batch reaches
+            result[name] = buffer.clone()
+            continue
+        result[name] = sum_over_ranks(buffer * (weight / total))
+    return result
 
 
 def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
