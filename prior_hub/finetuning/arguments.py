@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from prior_hub.finetuning.proximal import UPDATES
+from prior_hub.finetuning.sampling import SAMPLERS
+from prior_hub.inference.schedule import SCHEDULES
 
 __all__ = ["PriorArgumentsMixin", "PriorTrainingArguments"]
 
@@ -32,6 +34,21 @@ class PriorArgumentsMixin:
         prior_min_coverage: share of the prior's values that must find a place in the model.
         prior_revision: branch, tag or commit of the prior's repository.
         prior_subfolder: folder of the prior in its repository.
+        sampler: None optimises (one MAP solution); "sgld", "sghmc" or "baoa" sample the posterior with learning_rate, write
+            samples to OUTPUT_DIR/samples, and evaluate and predict by their average. "baoa" is the accurate choice: the
+            prior enters by its own flow, whatever its scale, and learning_rate is in units in which the prior is standard
+            normal. `optim` and `lr_scheduler_type` have no effect then.
+        temperature: of the posterior, 1 for the posterior itself.
+        friction: of "sghmc" and "baoa", 1 - momentum, in (0, 1].
+        num_cycles: cycles of exploration and sampling.
+        samples_per_cycle: samples taken in each.
+        exploration: share of a cycle that explores at temperature 0.
+        sampling_schedule: "cyclical" (cosine learning rate in each cycle) or "constant" (one exploration, then one chain).
+        sampler_precondition: for "sgld" and "sghmc": take the prior's variances as metric; learning_rate is then in units in
+            which the prior's weights have variance 1.
+        chain: number of this chain: run again with another number into the same output_dir for several. The noise differs,
+            and so does the order of the data (data_seed = seed + chain unless it is set).
+        sample_batch_norm_batches: batches of training data from which each sample's BatchNorm statistics are worked out.
     """
 
     prior: str | None = field(
@@ -83,6 +100,37 @@ class PriorArgumentsMixin:
     )
     prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
     prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})
+    sampler: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sample the posterior instead of optimising: 'sgld', 'sghmc' or 'baoa' (the accurate one: the prior enters "
+            "by its own flow, and learning_rate is in the prior's own units). Default: one MAP solution.",
+            "choices": sorted(SAMPLERS),
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the posterior that is sampled."})
+    friction: float = field(
+        default=0.1, metadata={"help": "Friction of 'sghmc' and 'baoa', 1 - momentum, above 0 and at most 1."}
+    )
+    num_cycles: int = field(default=4, metadata={"help": "Cycles of exploration and sampling."})
+    samples_per_cycle: int = field(default=3, metadata={"help": "Samples taken in each cycle."})
+    exploration: float = field(default=0.5, metadata={"help": "Share of a cycle that explores at temperature 0."})
+    sampling_schedule: str = field(
+        default="cyclical",
+        metadata={
+            "help": "'cyclical': a cosine learning rate in each cycle. 'constant': one exploration, then one long chain.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    sampler_precondition: bool = field(
+        default=False, metadata={"help": "Take the prior's variances as the metric of 'sgld' and 'sghmc'."}
+    )
+    chain: int = field(
+        default=0, metadata={"help": "Number of this chain; run again with another one into the same output_dir for several."}
+    )
+    sample_batch_norm_batches: int = field(
+        default=100, metadata={"help": "Batches of training data for each sample's BatchNorm statistics."}
+    )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from prior_hub.distributed import contribution, is_sharded, local_tensor, reshard, shard_like, sum_over_ranks
 from prior_hub.errors import PriorMatchError, PriorWarning
 from prior_hub.finetuning.proximal import ProximalStep
+from prior_hub.inference.baoa import BoundGaussian
 from prior_hub.model import PriorModel
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters
@@ -210,6 +211,28 @@ class PriorPenalty:
             local = local_tensor(parameter)
             local.copy_(local * (variance / (variance + length)))
         return value + self._head_penalty()
+
+    @torch.no_grad()
+    def bound_gaussians(self) -> list[BoundGaussian]:
+        """The prior and the head prior over the trained parameters, for `BAOA(prior=...)`.
+
+        Where some covered parameters are frozen, the prior of the others given those.
+        """
+        local = self._local(self._parameters)
+        frozen = {name: value for name, value in local.items() if name not in self._trained}
+        trained = {name: self._parameters[name] for name in self._trained}
+        bound = [BoundGaussian(self.gaussian.conditional(frozen), trained)]
+        if self._head:
+            mean = {name: torch.zeros_like(local_tensor(p)) for name, p in self._head.items()}
+            variance = {name: torch.full_like(m, self.head_variance or 1.0) for name, m in mean.items()}
+            bound.append(BoundGaussian(LowRankGaussian(mean, variance), dict(self._head)))
+        return bound
+
+    def preconditioner(self) -> dict[Tensor, Tensor | float]:
+        """The prior's variance of every trained parameter's entries, for `SGLD` and `SGHMC`: (*local_shape), or a number."""
+        variances = self.gaussian.marginal_variance()
+        found: dict[Tensor, Tensor | float] = {self._parameters[name]: variances[name] for name in self._trained}
+        return found | dict.fromkeys(self._head.values(), self.head_variance or 1.0)
 
     def total_curvature(self) -> float:
         """tr(Sigma^-1) / N over all that is under the prior, from above (the K low-rank directions lower it a little)."""

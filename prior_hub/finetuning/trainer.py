@@ -4,6 +4,10 @@ The prior's gradient is added in `training_step`, after backward and the reducti
 and only on the micro-batch whose gradients the optimizer will use (`accelerator.sync_gradients`). There it counts exactly
 once per optimizer step under gradient accumulation, short last windows, clipping, fp16 scaling, DDP and FSDP2. Evaluation
 loss stays the plain NLL.
+
+With `PriorTrainingArguments(sampler=...)` the optimizer is a sampler of the posterior: samples are written to
+OUTPUT_DIR/samples while it trains, and `evaluate` and `predict` report the model's own figures beside those of the average over
+the samples (`eval_loss` and `eval_bma_loss`).
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +29,13 @@ from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.penalty import PriorPenalty
 from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update, highest_rate
+from prior_hub.finetuning.sampling import DEFAULT_HEAD_VARIANCE, Sampling
+from prior_hub.inference.average import BayesianModelAverage, averaged, enlarged, nll_of
+from prior_hub.inference.sampler import Sampler
+from prior_hub.inference.samples import list_samples, remove_samples, write_sample
+from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
 from prior_hub.model import PriorModel
+from prior_hub.priors.batch_norm import has_batch_norm, over_ranks, recompute_batch_norm
 from prior_hub.priors.matching import NameMap, raw_names
 
 __all__ = ["PriorTrainer", "PriorTrainerMixin"]
@@ -47,7 +59,10 @@ _DEFAULTS: dict[str, Any] = {
     "prior_min_coverage": 0.5,
     "prior_revision": None,
     "prior_subfolder": None,
+    "sampler": None,
 }
+
+_KEPT_BYTES = 1 << 30  # samples up to so much together stay in memory while their average is evaluated
 
 _STEPS_IN_BACKWARD = "{} updates the weights inside backward, before the prior's gradient is added: choose another."
 
@@ -80,7 +95,10 @@ class PriorTrainerMixin(_TrainerBase):
     """
 
     model_accepts_loss_kwargs: bool
-    prior_update: str | None  # "gradient" or "implicit": how the prior entered the last training, None before it
+    prior_update: str | None  # how the prior entered the last training: "gradient", "implicit" or "flow"; None before it
+    optimizer: Any
+    lr_scheduler: Any
+    optimizer_cls_and_kwargs: Any
 
     def __init__(
         self,
@@ -104,10 +122,18 @@ class PriorTrainerMixin(_TrainerBase):
         self._prior_steps = 0
         self._probed = False
         self._ignores_item_count = False
+        self._schedule: CyclicalSchedule | None = None
+        self._average: BayesianModelAverage | None = None  # while it is evaluated
+        self._written: set[Path] = set()  # folders of chains that this trainer has written samples to
         if chosen is not None:
             self.prior = self._load_prior(chosen, getattr(settings, "hub_token", None))
         super().__init__(*args, **kwargs)
         if self.prior is None:
+            if self.sampling is not None:
+                raise ValueError(
+                    f"sampler={self.sampling.sampler!r} samples a posterior, which needs a prior: pass prior=... "
+                    "(isotropic_prior(model, variance=...) makes a plain one)."
+                )
             return
         self._refuse_impossible_setups()
         if self._prior_settings["prior_update"] not in UPDATES:
@@ -120,6 +146,9 @@ class PriorTrainerMixin(_TrainerBase):
             self.prior.initialize(self.model, **self._matching())
         logger.info(f"Prior: {penalty.report()}")
         self.add_callback(_BindPrior(self))
+        if self.sampling is not None:
+            self._refuse_what_falsifies_the_law()
+            self.add_callback(_TakeSamples(self))
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -166,11 +195,15 @@ class PriorTrainerMixin(_TrainerBase):
             num_examples=num_examples,
             scale=self._prior_settings["prior_scale"],
             rank=self._prior_settings["prior_rank"],
-            head_variance=self._prior_settings["prior_head_variance"],
+            head_variance=self._head_variance(),
             **self._matching(),
         )
         self._covered_names = self.prior_penalty.covered_names
         return self.prior_penalty
+
+    def _head_variance(self) -> float | None:
+        given: float | None = self._prior_settings["prior_head_variance"]
+        return DEFAULT_HEAD_VARIANCE if given is None and self.sampling is not None else given
 
     def _num_examples(self) -> int:
         given = self._prior_settings["prior_num_examples"]
@@ -223,6 +256,9 @@ class PriorTrainerMixin(_TrainerBase):
         """As Trainer; an optimizer that decays covered parameters, or steps inside backward, is refused."""
         if self.prior is not None:
             reshard(self.model)  # else the optimizer would get the full tensors that an evaluation leaves, which nobody uses
+        if self.sampling is not None and self.optimizer is None:
+            model = args[0] if args else kwargs.get("model") or self.model
+            self.optimizer = self._make_sampler(model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.prior is not None:
             for kind in type(getattr(optimizer, "optimizer", optimizer)).__mro__:
@@ -269,7 +305,9 @@ class PriorTrainerMixin(_TrainerBase):
         self._nll_total = nll.clone() if self._nll_total is None else self._nll_total + nll
         if not self.accelerator.sync_gradients:
             return loss
-        if self._proximal is None:
+        if self.prior_update == "flow":  # the sampler's own step holds the prior
+            share = self.prior_penalty.penalty() / self.prior_penalty.num_examples
+        elif self._proximal is None:
             scaler = getattr(self.accelerator, "scaler", None)
             factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
             share = self.prior_penalty.add_gradient_(factor)
@@ -281,7 +319,9 @@ class PriorTrainerMixin(_TrainerBase):
         return nll + share
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As Trainer; the prior's implicit step is shortened by as much as the gradient."""
+        """As Trainer; the prior's implicit step is shortened by as much as the gradient. Not while a posterior is sampled."""
+        if self._is_at_temperature():
+            return None  # the stationary law would be another one
         norm = super()._clip_grad_norm(model)
         if self._proximal is not None and norm is not None:
             self._proximal.clipped(norm, self.args.max_grad_norm)
@@ -294,6 +334,13 @@ class PriorTrainerMixin(_TrainerBase):
             logs["nll"] = nll / self._prior_steps
             logs["prior_loss"] = self._prior_total.item() / self._prior_steps
             self._reset_totals()
+            sampler = self._sampler()
+            if sampler is not None:
+                last = max(0, self.state.global_step - 1)  # the scheduler has gone on already
+                sampling = self._schedule is not None and self._schedule.is_sampling(last)
+                logs["temperature"] = float(sampler.param_groups[0]["initial_temperature"]) if sampling else 0.0
+                if sampler.effective_temperature() is not None:
+                    logs["effective_temperature"] = float(sampler.effective_temperature() or 0.0)
         super().log(logs, *args, **kwargs)
 
     def _reset_totals(self) -> None:
@@ -308,6 +355,9 @@ class PriorTrainerMixin(_TrainerBase):
         penalty = self._bind()
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         asked = self._prior_settings["prior_update"]
+        if self.sampling is not None:
+            self._begin_sampling(penalty, optimizer)
+            return
         self.prior_update, reason = chosen_update(asked, penalty, optimizer)
         if asked == "auto" and self.is_world_process_zero() and logging.get_verbosity() <= logging.WARNING:
             logger.warning_advice(f"prior_update='auto' takes the {self.prior_update} form: {reason}.")
@@ -321,6 +371,183 @@ class PriorTrainerMixin(_TrainerBase):
         if self._proximal is not None:
             self._proximal.remove()
             self._proximal = None
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the posterior is sampled, as the arguments have it now; None for one MAP solution."""
+        if getattr(self.args, "sampler", None) is None:
+            return None
+        names = [field for field in Sampling.__dataclass_fields__ if hasattr(self.args, field)]
+        return Sampling(**{name: getattr(self.args, name) for name in names})
+
+    @property
+    def samples_folder(self) -> Path:
+        """Where the samples of all chains are."""
+        return Path(self._get_output_dir(trial=getattr(self, "_trial", None))) / "samples"
+
+    def _sampler(self) -> Sampler | None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, Sampler) else None
+
+    def _is_at_temperature(self) -> bool:
+        sampler = self._sampler()
+        return sampler is not None and any(float(group["temperature"]) > 0 for group in sampler.param_groups)
+
+    def _refuse_what_falsifies_the_law(self) -> None:
+        assert self.sampling is not None  # noqa: S101
+        if self.args.weight_decay:
+            raise ValueError(
+                f"weight_decay={self.args.weight_decay} beside a sampler would be a second prior that nobody asked for: use 0, "
+                "and prior_head_variance for the new parameters (weight decay w is a variance of 1 / (N w))."
+            )
+        if self._prior_settings["prior_update"] == "implicit":
+            raise ValueError(
+                "prior_update='implicit' is a step for optimizers: with it a chain has another law. sampler='baoa' is stable "
+                "at any scale, with the right one."
+            )
+        if self.optimizer is not None or self.lr_scheduler is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError("a sampler is an optimizer with a schedule of its own: pass no other beside sampler=...")
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor changes the likelihood that is sampled: use 0 with a sampler.")
+        if self.sampling.chain and self.args.data_seed is None:
+            self.args.data_seed = self.args.seed + self.sampling.chain  # else all chains would see the same minibatches
+
+    def _make_sampler(self, model: nn.Module) -> Sampler:
+        assert self.sampling is not None  # noqa: S101
+        assert self.prior_penalty is not None  # noqa: S101
+        names = raw_names(model)
+        pairs = [(names.get(raw), p) for raw, p in model.named_parameters() if p.requires_grad]
+        body = [p for name, p in pairs if name in self.prior_penalty.match.pairs.values()]
+        head = [p for name, p in pairs if name not in self.prior_penalty.match.pairs.values()]
+        groups = [{"params": part} for part in (body, head) if part]
+        return self.sampling.make(
+            groups, self.args.learning_rate, num_data=self.prior_penalty.num_examples, seed=self.args.seed
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As Trainer; a sampler has its own schedule of learning rate and temperature."""
+        if self.sampling is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self._schedule = self.sampling.schedule(num_training_steps)
+            self.lr_scheduler = SamplingScheduler(self.optimizer if optimizer is None else optimizer, self._schedule)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _begin_sampling(self, penalty: PriorPenalty, sampler: Sampler) -> None:
+        """Training begins under a sampler."""
+        assert self.sampling is not None  # noqa: S101
+        self.sampling.bind(sampler, penalty)
+        self.prior_update = "flow" if self.sampling.keeps_the_prior else "gradient"
+        if self.prior_update == "gradient" and not self.sampling.sampler_precondition:
+            penalty.warn_if_unstable(highest_rate(sampler))
+        chain, step = self.sampling.chain, int(self.state.global_step)
+        there = list_samples(self.samples_folder, chain=chain)
+        if there and step == 0 and there[0].path.parent not in self._written:
+            raise ValueError(
+                f"{there[0].path.parent} has {len(there)} samples of an earlier run. Pass resume_from_checkpoint to go on with "
+                f"it, another chain (chain={chain + 1}) or output_dir, or delete the folder."
+            )
+        if self.is_world_process_zero():
+            remove_samples(self.samples_folder, chain=chain, after=step)  # made again, the same
+        self.accelerator.wait_for_everyone()
+
+    def _take_sample(self, step: int, cycle: int) -> None:
+        assert self.sampling is not None  # noqa: S101
+        model, sampler = self.model, self._sampler()
+        reshard(model)
+        buffers = None
+        if has_batch_norm(model):
+            # a pass over the training data that leaves no trace: neither in the global random state nor in its loader's
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.args.seed)
+                buffers = over_ranks(
+                    recompute_batch_norm(
+                        model,
+                        self.get_eval_dataloader(self.train_dataset),
+                        max_batches=self.sampling.sample_batch_norm_batches,
+                        progress=False,
+                    )
+                )
+            reshard(model)
+        sample = write_sample(
+            self.samples_folder,
+            model,
+            step=step,
+            chain=self.sampling.chain,
+            buffers=buffers,
+            cycle=cycle,
+            temperature=self.sampling.temperature,
+            effective_temperature=None if sampler is None else sampler.effective_temperature(),
+        )
+        self._written.add(sample.path.parent)
+
+    def _has_average(self) -> bool:
+        """Whether there are samples to average over; not in the middle of training, where each evaluation would be S."""
+        regression = getattr(getattr(self.model, "config", None), "problem_type", None) == "regression"
+        return self.sampling is not None and not self.is_in_train and not regression and bool(list_samples(self.samples_folder))
+
+    @contextmanager
+    def averaging(self) -> Iterator[BayesianModelAverage]:
+        """Within, evaluation and prediction are by the average over the samples; the model has its own weights afterwards."""
+        average = BayesianModelAverage.from_folder(self.samples_folder, self.model)
+        if sum(sample.path.stat().st_size for sample in list_samples(self.samples_folder)) <= _KEPT_BYTES:
+            average.members = [member.load() for member in average.members]
+        with average.own_weights_kept():
+            self._average = average
+            try:
+                yield average
+            finally:
+                self._average = None
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As Trainer; where there are samples, the figures of their average stand beside (`eval_bma_loss`, ...)."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, dict) or not self._has_average():  # a dictionary comes here again, one by one
+            return metrics
+        with self.averaging():
+            averaged_metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_bma")
+        return metrics | averaged_metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """As Trainer; where there are samples, predictions are their average's log-probabilities, `test_bma_...` beside."""
+        single = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        if not self._has_average():
+            return single
+        with self.averaging():
+            output = super().predict(test_dataset, ignore_keys, f"{metric_key_prefix}_bma")
+        return output._replace(metrics={**single.metrics, **output.metrics})
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer; within `averaging()` the loss is the NLL of the average, and the logits its log-probabilities."""
+        average = self._average
+        if average is None:
+            step: tuple[Tensor | None, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return step
+        labels: Any = None
+
+        def members() -> Iterator[Tensor]:
+            nonlocal labels
+            for member in average.members:
+                average.load(member)
+                _, logits, labels = super(PriorTrainerMixin, self).prediction_step(model, dict(inputs), False, ignore_keys)
+                first = logits[0] if isinstance(logits, (tuple, list)) else logits
+                yield enlarged(first, labels) if isinstance(labels, Tensor) else first
+
+        found = averaged(members()).log_probabilities
+        loss = None
+        if isinstance(labels, Tensor):
+            config = getattr(self.model, "config", None)
+            loss = nll_of(found, labels, getattr(config, "semantic_loss_ignore_index", -100))
+        return (loss, None, None) if prediction_loss_only else (loss, found, labels)
 
     # ---------------------------------------------------------------------------------------------------------- checks
 
@@ -379,6 +606,24 @@ class _BindPrior(TrainerCallback):
         """Trainer's event."""
         del args, state, control, kwargs
         self._trainer._begin()
+
+
+class _TakeSamples(TrainerCallback):
+    """Takes samples of the posterior when they are due, and measures the temperature just before."""
+
+    def __init__(self, trainer: PriorTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del args, control, kwargs
+        schedule, sampler, step = self._trainer._schedule, self._trainer._sampler(), state.global_step
+        if schedule is None or sampler is None:
+            return
+        if step in schedule.sample_after:
+            self._trainer._take_sample(step, schedule.sample_after[step])
+        if schedule.begins_to_sample(step):  # where the learning rate is highest, and minibatches heat most
+            sampler.measure()
 
 
 class PriorTrainer(PriorTrainerMixin, Trainer):

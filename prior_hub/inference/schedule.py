@@ -86,6 +86,10 @@ class CyclicalSchedule:
         """Whether `step` is at the chosen temperature, not at 0."""
         return step >= self.cycles[self.cycle(step)][1]
 
+    def begins_to_sample(self, step: int) -> bool:
+        """Whether `step` is the first at the chosen temperature in its cycle."""
+        return step == self.cycles[self.cycle(step)][1]
+
     @cached_property
     def sample_after(self) -> dict[int, int]:
         """Number of steps done -> the cycle that a sample taken then belongs to."""
