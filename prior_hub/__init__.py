@@ -25,6 +25,10 @@ from prior_hub.errors import (
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AveragedPrediction": "prior_hub.inference.average",
+    "BAOA": "prior_hub.inference.baoa",
+    "BayesianModelAverage": "prior_hub.inference.average",
+    "CyclicalSchedule": "prior_hub.inference.schedule",
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
@@ -35,15 +39,25 @@ _LAZY = {
     "PriorTrainer": "prior_hub.finetuning.trainer",
     "PriorTrainerMixin": "prior_hub.finetuning.trainer",
     "PriorTrainingArguments": "prior_hub.finetuning.arguments",
+    "SGHMC": "prior_hub.inference.sghmc",
+    "SGLD": "prior_hub.inference.sgld",
+    "SamplingScheduler": "prior_hub.inference.schedule",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
+    "write_sample": "prior_hub.inference.samples",
 }
 
 __all__ = [
+    "BAOA",
+    "SGHMC",
+    "SGLD",
+    "AveragedPrediction",
+    "BayesianModelAverage",
+    "CyclicalSchedule",
     "LowRankGaussian",
     "Match",
     "PriorAccessError",
@@ -62,6 +76,7 @@ __all__ = [
     "PriorTrainingArguments",
     "PriorWarning",
     "ProximalStep",
+    "SamplingScheduler",
     "SwagCallback",
     "SwagEstimator",
     "__version__",
@@ -69,6 +84,7 @@ __all__ = [
     "match_parameters",
     "push_prior_to_hub",
     "recompute_batch_norm",
+    "write_sample",
 ]
 
 if TYPE_CHECKING:
@@ -76,6 +92,12 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
+    from prior_hub.inference.average import AveragedPrediction, BayesianModelAverage
+    from prior_hub.inference.baoa import BAOA
+    from prior_hub.inference.samples import write_sample
+    from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
+    from prior_hub.inference.sghmc import SGHMC
+    from prior_hub.inference.sgld import SGLD
     from prior_hub.learning.callback import SwagCallback
     from prior_hub.learning.isotropic import isotropic_prior
     from prior_hub.learning.swag import SwagEstimator

@@ -495,7 +495,7 @@ class PriorTrainerMixin(_TrainerBase):
         """Within, evaluation and prediction are by the average over the samples; the model has its own weights afterwards."""
         average = BayesianModelAverage.from_folder(self.samples_folder, self.model)
         if sum(sample.path.stat().st_size for sample in list_samples(self.samples_folder)) <= _KEPT_BYTES:
-            average.members = [member.load() for member in average.members]
+            average.members = [member.read() for member in average.members]
         with average.own_weights_kept():
             self._average = average
             try:
@@ -537,7 +537,7 @@ class PriorTrainerMixin(_TrainerBase):
         def members() -> Iterator[Tensor]:
             nonlocal labels
             for member in average.members:
-                average.load(member)
+                average.put(member)
                 _, logits, labels = super(PriorTrainerMixin, self).prediction_step(model, dict(inputs), False, ignore_keys)
                 first = logits[0] if isinstance(logits, (tuple, list)) else logits
                 yield enlarged(first, labels) if isinstance(labels, Tensor) else first

@@ -180,7 +180,7 @@ class BayesianModelAverage:
             while chunk := list(itertools.islice(batches, block)):
                 sums: list[tuple[Tensor, Tensor]] = []
                 for index, member in enumerate(self.members):
-                    self.load(member)
+                    self.put(member)
                     for position, batch in enumerate(chunk):
                         found = self._member(batch)
                         if index == 0:
@@ -210,13 +210,13 @@ class BayesianModelAverage:
         batches, values = list(dataloader), []
         with self.own_weights_kept():
             for member in tqdm(self.members, desc="members", disable=not progress):
-                self.load(member)
+                self.put(member)
                 values.append(torch.cat([self._member(batch)[0].cpu() for batch in batches]))
         return torch.stack(values)
 
     @contextmanager
     def own_weights_kept(self) -> Iterator[None]:
-        """Within, `load` may put samples into the model; afterwards it has its own weights, statistics and mode again."""
+        """Within, `put` may load samples into the model; afterwards it has its own weights, statistics and mode again."""
         reshard(self.model)
         tensors = [*canonical_parameters(self.model).values(), *persistent_buffers(self.model).values()]
         saved = [local_tensor(t).detach().clone() for t in tensors]
@@ -232,9 +232,9 @@ class BayesianModelAverage:
             for module, training in modes.items():
                 module.training = training
 
-    def load(self, member: Sample | StoredSample) -> None:
+    def put(self, member: Sample | StoredSample) -> None:
         """Put a sample into the model; only within `own_weights_kept`."""
-        sample = member.load()
+        sample = member.read()
         if sample.frozen and self._frozen is None:
             self._frozen = frozen_digest(self.model)
         reshard(self.model)

@@ -50,14 +50,14 @@ class Sample:
     buffers: Mapping[str, Tensor]
     frozen: str = ""
 
-    def load(self) -> Sample:
+    def read(self) -> Sample:
         """Itself."""
         return self
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """One sample in a file; its tensors are read by `load()`.
+    """One sample in a file; its tensors are read by `read()`.
 
     Attributes:
         path: the file.
@@ -69,7 +69,7 @@ class StoredSample:
     chain: int
     step: int
 
-    def load(self) -> Sample:
+    def read(self) -> Sample:
         """Read and check the tensors.
 
         Raises:
