@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from prior_hub.finetuning.proximal import UPDATES
-from prior_hub.finetuning.sampling import SAMPLERS
+from prior_hub.finetuning.sampling import METRICS, SAMPLERS
 from prior_hub.inference.schedule import SCHEDULES
 
 __all__ = ["PriorArgumentsMixin", "PriorTrainingArguments"]
@@ -35,17 +35,17 @@ class PriorArgumentsMixin:
         prior_revision: branch, tag or commit of the prior's repository.
         prior_subfolder: folder of the prior in its repository.
         sampler: None optimises (one MAP solution); "sgld", "sghmc" or "baoa" sample the posterior with learning_rate, write
-            samples to OUTPUT_DIR/samples, and evaluate and predict by their average. "baoa" is the accurate choice: the
-            prior enters by its own flow, whatever its scale, and learning_rate is in units in which the prior is standard
-            normal. `optim` and `lr_scheduler_type` have no effect then.
+            samples to OUTPUT_DIR/samples, and evaluate and predict by their average. "baoa" is the accurate choice, stable
+            for priors of any scale. `optim` and `lr_scheduler_type` have no effect then.
         temperature: of the posterior, 1 for the posterior itself.
         friction: of "sghmc" and "baoa", 1 - momentum, in (0, 1].
         num_cycles: cycles of exploration and sampling.
         samples_per_cycle: samples taken in each.
         exploration: share of a cycle that explores at temperature 0.
         sampling_schedule: "cyclical" (cosine learning rate in each cycle) or "constant" (one exploration, then one chain).
-        sampler_precondition: for "sgld" and "sghmc": take the prior's variances as metric; learning_rate is then in units in
-            which the prior's weights have variance 1.
+        sampler_metric: "identity": learning_rate is that of SGD. "diagonal": each weight's learning rate is multiplied by the
+            diagonal of the prior's covariance, so that learning_rate is in units in which the prior has variance 1. "full": by
+            the whole covariance ("baoa" only). "auto": diagonal for "baoa", identity for the others.
         chain: number of this chain: run again with another number into the same output_dir for several. The noise differs,
             and so does the order of the data (data_seed = seed + chain unless it is set).
         sample_batch_norm_batches: batches of training data from which each sample's BatchNorm statistics are worked out.
@@ -103,8 +103,8 @@ class PriorArgumentsMixin:
     sampler: str | None = field(
         default=None,
         metadata={
-            "help": "Sample the posterior instead of optimising: 'sgld', 'sghmc' or 'baoa' (the accurate one: the prior enters "
-            "by its own flow, and learning_rate is in the prior's own units). Default: one MAP solution.",
+            "help": "Sample the posterior instead of optimising: 'sgld', 'sghmc' or 'baoa' (the accurate one, stable for "
+            "priors of any scale). Default: one MAP solution.",
             "choices": sorted(SAMPLERS),
         },
     )
@@ -122,8 +122,13 @@ class PriorArgumentsMixin:
             "choices": list(SCHEDULES),
         },
     )
-    sampler_precondition: bool = field(
-        default=False, metadata={"help": "Take the prior's variances as the metric of 'sgld' and 'sghmc'."}
+    sampler_metric: str = field(
+        default="auto",
+        metadata={
+            "help": "What a sampler's learning rate is multiplied by: 'identity' (as SGD), 'diagonal' or 'full' (of the "
+            "prior's covariance, so that it is in the prior's own units). 'auto': diagonal for baoa, identity for the others.",
+            "choices": list(METRICS),
+        },
     )
     chain: int = field(
         default=0, metadata={"help": "Number of this chain; run again with another one into the same output_dir for several."}

@@ -213,24 +213,38 @@ class PriorPenalty:
         return value + self._head_penalty()
 
     @torch.no_grad()
-    def bound_gaussians(self) -> list[BoundGaussian]:
-        """The prior and the head prior over the trained parameters, for `BAOA(prior=...)`.
+    def bound_gaussians(self, metric: str = "diagonal") -> list[BoundGaussian]:
+        """What `BAOA(prior=...)` takes of the prior and the head prior over the trained parameters.
 
-        Where some covered parameters are frozen, the prior of the others given those.
+        Args:
+            metric: "diagonal": the flow of the prior's diagonal part; `add_gradient_` is called as with any optimizer.
+                "full": the flow of the whole prior (given the covered parameters that are frozen); `add_gradient_` is not
+                called.
+
+        Raises:
+            ValueError: another metric.
         """
-        local = self._local(self._parameters)
-        frozen = {name: value for name, value in local.items() if name not in self._trained}
+        if metric not in ("diagonal", "full"):
+            raise ValueError(f"metric is {metric!r}, expected 'diagonal' or 'full'.")
         trained = {name: self._parameters[name] for name in self._trained}
-        bound = [BoundGaussian(self.gaussian.conditional(frozen), trained)]
+        if metric == "diagonal":
+            gaussian = self.gaussian.select(tuple(trained)).diagonal_part()
+        else:
+            local = self._local(self._parameters)
+            gaussian = self.gaussian.conditional({name: value for name, value in local.items() if name not in trained})
+        bound = [BoundGaussian(gaussian, trained, in_gradient=metric == "diagonal")]
         if self._head:
             mean = {name: torch.zeros_like(local_tensor(p)) for name, p in self._head.items()}
             variance = {name: torch.full_like(m, self.head_variance or 1.0) for name, m in mean.items()}
-            bound.append(BoundGaussian(LowRankGaussian(mean, variance), dict(self._head)))
+            bound.append(BoundGaussian(LowRankGaussian(mean, variance), dict(self._head), in_gradient=metric == "diagonal"))
         return bound
 
     def preconditioner(self) -> dict[Tensor, Tensor | float]:
-        """The prior's variance of every trained parameter's entries, for `SGLD` and `SGHMC`: (*local_shape), or a number."""
-        variances = self.gaussian.marginal_variance()
+        """The diagonal A of the prior's Sigma over the trained parameters, for `SGLD` and `SGHMC`: (*local_shape), or a number.
+
+        In its metric no curvature of the prior is above 1/N, however stiff the prior is.
+        """
+        variances = self.gaussian.diagonal_part().marginal_variance()
         found: dict[Tensor, Tensor | float] = {self._parameters[name]: variances[name] for name in self._trained}
         return found | dict.fromkeys(self._head.values(), self.head_variance or 1.0)
 

@@ -20,6 +20,7 @@ from prior_hub.inference.sgld import SGLD
 __all__ = ["SAMPLERS", "Sampling"]
 
 SAMPLERS: dict[str, type[Sampler]] = {"baoa": BAOA, "sghmc": SGHMC, "sgld": SGLD}
+METRICS = ("auto", "identity", "diagonal", "full")
 DEFAULT_HEAD_VARIANCE = 1.0  # a flat prior over a new head is no prior: its softmax can be shifted for nothing
 
 
@@ -38,7 +39,7 @@ class Sampling:
     samples_per_cycle: int = 3
     exploration: float = 0.5
     sampling_schedule: str = "cyclical"
-    sampler_precondition: bool = False
+    sampler_metric: str = "auto"
     chain: int = 0
     sample_batch_norm_batches: int = 100
 
@@ -49,13 +50,19 @@ class Sampling:
             raise ValueError(f"chain is {self.chain}, expected 0 or more.")
         if self.sample_batch_norm_batches < 1:
             raise ValueError(f"sample_batch_norm_batches is {self.sample_batch_norm_batches}, expected 1 or more.")
-        if self.sampler_precondition and self.sampler == "baoa":
-            raise ValueError("sampler_precondition is for 'sgld' and 'sghmc': 'baoa' has the prior as its metric already.")
+        if self.sampler_metric not in METRICS:
+            raise ValueError(f"sampler_metric is {self.sampler_metric!r}, expected one of {', '.join(map(repr, METRICS))}.")
+        if self.sampler_metric == "full" and self.sampler != "baoa":
+            raise ValueError(
+                f"sampler_metric='full' is for sampler='baoa' alone; {self.sampler!r} takes 'diagonal' or 'identity'."
+            )
 
     @property
-    def keeps_the_prior(self) -> bool:
-        """Whether the sampler has the prior in its own step, so that its gradient must not be added."""
-        return self.sampler == "baoa"
+    def metric(self) -> str:
+        """ "identity", "diagonal" or "full": what "auto" comes to."""
+        if self.sampler_metric != "auto":
+            return self.sampler_metric
+        return "diagonal" if self.sampler == "baoa" else "identity"
 
     def make(self, params: Iterable[Any], lr: float, *, num_data: int, seed: int) -> Sampler:
         """The sampler; `bind` it to the prior once parameters are wrapped and sharded."""
@@ -66,9 +73,11 @@ class Sampling:
 
     def bind(self, sampler: Sampler, penalty: PriorPenalty) -> None:
         """Give the sampler the prior as its metric, where it takes one."""
+        if self.metric == "identity":
+            return
         if isinstance(sampler, BAOA):
-            sampler.attach(penalty.bound_gaussians())
-        elif self.sampler_precondition:
+            sampler.attach(penalty.bound_gaussians(self.metric))
+        else:
             sampler.precondition(penalty.preconditioner())
 
     def schedule(self, num_steps: int) -> CyclicalSchedule:

@@ -440,8 +440,8 @@ class PriorTrainerMixin(_TrainerBase):
         """Training begins under a sampler."""
         assert self.sampling is not None  # noqa: S101
         self.sampling.bind(sampler, penalty)
-        self.prior_update = "flow" if self.sampling.keeps_the_prior else "gradient"
-        if self.prior_update == "gradient" and not self.sampling.sampler_precondition:
+        self.prior_update = "flow" if self.sampling.metric == "full" else "gradient"
+        if self.sampling.metric == "identity":
             penalty.warn_if_unstable(highest_rate(sampler))
         chain, step = self.sampling.chain, int(self.state.global_step)
         there = list_samples(self.samples_folder, chain=chain)

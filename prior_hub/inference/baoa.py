@@ -9,16 +9,18 @@ One step kicks by the gradient (B), drifts half a step (A), refreshes the moment
 **Without a prior** g is the gradient of the whole loss and A is theta <- theta + sqrt(lr)/2 m. For a quadratic loss the weights
 have the exact variance T / (N h) at every learning rate below the limit lr h < 4.
 
-**With a prior** N(mean, Sigma) it enters not by its gradient but by its own flow: C = Sigma, g is the gradient of the NLL
-alone, and A is an exact rotation in the plane of (theta - mean) and the momentum,
+**With a prior** a Gaussian N(mean, C) enters not by its gradient but by its own flow: g is the gradient of the rest of the loss,
+and A is an exact rotation in the plane of (theta - mean) and the momentum,
 
     theta - mean <-  c (theta - mean) + s sqrt(N) m          c = cos w, s = sin w, tan w = sqrt(lr / N) / 2
     m            <- -s (theta - mean) / sqrt(N) + c m
 
-However stiff the prior is (variances from 1e-12 to 1e-4), it limits no learning rate, and no K x K system is solved. Without
-data the chain has the prior's own law exactly, for every lr. With the angle w (a Cayley transform) it is exact for every
-quadratic NLL too, below lr h < 4 with h its largest curvature in the coordinates in which the prior is standard normal, in
-which lr is meant. With T = 0 it comes to rest at the MAP solution, for every lr and friction.
+C is the whole Sigma of the prior, and no K x K system is solved; or its diagonal A, and the low-rank rest of the prior's gradient,
+which in these coordinates has a curvature between -1/N and 0, stays in the kick. Either way a stiff prior (variances from 1e-12
+to 1e-4) limits no learning rate. With the angle w (a Cayley transform) the law is exact for every quadratic NLL, below lr h < 4
+with h its largest curvature in the coordinates in which N(mean, C) is standard normal, in which lr is meant. With T = 0 the chain
+comes to rest at the MAP solution, for every lr and friction. The whole Sigma mixes at once without data; with data its few wide
+directions have by far the largest h and limit lr for all others, so that the diagonal is the better choice for a network.
 
 Source: Leimkuhler and Matthews 2013 (arXiv 1203.5428) for the splitting; Korol, Bou-Rabee and Miller 2019 (arXiv 1907.07941)
 for the Cayley angle; Cotter et al. 2013 (arXiv 1202.0709) for proposals that keep a Gaussian prior. Differs: SWAG's low-rank
@@ -45,15 +47,18 @@ __all__ = ["BAOA", "BoundGaussian"]
 
 @dataclass(frozen=True)
 class BoundGaussian:
-    """A Gaussian and the parameters it is over; `PriorPenalty.bound_gaussians()` makes them.
+    """A Gaussian whose flow a sampler takes, and the parameters it is over; `PriorPenalty.bound_gaussians()` makes them.
 
     Attributes:
-        gaussian: over this rank's parts of the parameters.
+        gaussian: N(mean, C) over this rank's parts of the parameters.
         parameters: the Gaussian's names -> the parameters; all of them are to be sampled.
+        in_gradient: whether the gradient is that of the whole loss, penalty included, so that this Gaussian's part of it,
+            C^-1 (theta - mean) / N, is to be taken off again. Where False it is the gradient of the NLL alone.
     """
 
     gaussian: LowRankGaussian
     parameters: dict[str, Tensor] = field(repr=False)
+    in_gradient: bool = False
 
 
 class BAOA(Sampler):
@@ -61,7 +66,7 @@ class BAOA(Sampler):
 
         penalty = PriorPenalty(prior, model, num_examples=len(train_dataset), scale=1e4, head_variance=1.0)
         optimizer = BAOA(model.parameters(), lr=0.1, num_data=len(train_dataset), prior=penalty.bound_gaussians())
-        nll(model, batch).backward(); optimizer.step()         # no add_gradient_: the prior is in the step
+        nll(model, batch).backward(); penalty.add_gradient_(); optimizer.step()
 
     Args:
         params: as `Sampler`.
@@ -159,7 +164,10 @@ class BAOA(Sampler):
         momenta = {name: local_tensor(self.state[p]["momentum_buffer"]) for name, p in parameters.items()}
         weights = {name: local_tensor(p) for name, p in parameters.items()}
         for name, momentum in momenta.items():
-            momentum.sub_(kick.pop(name).to(momentum.dtype), alpha=math.sqrt(rate))
+            push = kick.pop(name).to(momentum.dtype)
+            if bound.in_gradient:
+                push -= (weights[name].to(momentum.dtype) - gaussian.mean[name].to(momentum.dtype)) / self.num_data
+            momentum.sub_(push, alpha=math.sqrt(rate))
         half_angle = math.atan(0.5 * math.sqrt(rate / self.num_data))
         self._rotate(gaussian, weights, momenta, half_angle)
         noise = self._coloured(bound) if variance else {}

@@ -164,6 +164,10 @@ class LowRankGaussian:
         kept = {name: rows[:rank] for name, rows in self.deviations.items()} if rank else {}
         return self._with(deviations=kept, diagonal_weight=diagonal, low_rank_weight=low_rank)
 
+    def diagonal_part(self) -> LowRankGaussian:
+        """N(mean, A), without the low-rank part and without what it explains: a smaller Gaussian, not the marginal one."""
+        return self._with(deviations={}, low_rank_weight=0.0)
+
     def to(self, device: torch.device | str) -> LowRankGaussian:
         """The same Gaussian with its tensors on `device`, in their own types."""
         return self._with(
