@@ -53,13 +53,11 @@ class Sampling:
         if self.sampler_metric not in METRICS:
             raise ValueError(f"sampler_metric is {self.sampler_metric!r}, expected one of {', '.join(map(repr, METRICS))}.")
         if self.sampler_metric == "full" and self.sampler != "baoa":
-            raise ValueError(
-                f"sampler_metric='full' is for sampler='baoa' alone; {self.sampler!r} takes 'diagonal' or 'identity'."
-            )
+            raise ValueError(f"sampler_metric='full' is for 'baoa'; {self.sampler!r} takes 'diagonal' or 'identity'.")
 
     @property
     def metric(self) -> str:
-        """ "identity", "diagonal" or "full": what "auto" comes to."""
+        """What "auto" comes to: "identity", "diagonal" or "full"."""
         if self.sampler_metric != "auto":
             return self.sampler_metric
         return "diagonal" if self.sampler == "baoa" else "identity"
