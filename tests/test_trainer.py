@@ -726,6 +726,12 @@ def test_settings_parse_from_the_command_line():
     words += " --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior"
     words += " --weight_decay 0.01"
     (given,) = parser.parse_args_into_dataclasses(words.split())
+    words_of_the_sampler = " --sampler sghmc --temperature 0.5 --friction 0.2 --num_cycles 2 --samples_per_cycle 5"
+    words_of_the_sampler += " --exploration 0.25 --sampling_schedule constant --sampler_metric diagonal --chain 3"
+    words_of_the_sampler += " --sample_batch_norm_batches 7"
+    (sampling,) = parser.parse_args_into_dataclasses((words + words_of_the_sampler).split())
+    names = [f.name for f in dataclasses.fields(PriorArgumentsMixin) if not f.name.startswith("prior")]
+    assert [getattr(sampling, name) for name in names] == ["sghmc", 0.5, 0.2, 2, 5, 0.25, "constant", "diagonal", 3, 7]
     found = {k: v for k, v in vars(given).items() if k.startswith("prior")}
     assert found == {
         "prior": "org/name",
@@ -743,7 +749,7 @@ def test_settings_parse_from_the_command_line():
     }
     assert given.weight_decay == 0.01
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
-    expected = {f.name: f.default for f in dataclasses.fields(PriorArgumentsMixin)}
+    expected = {f.name: f.default for f in dataclasses.fields(PriorArgumentsMixin) if f.name.startswith("prior")}
     assert {k: v for k, v in vars(default).items() if k.startswith("prior")} == expected
     assert expected.keys() == found.keys()
     (off,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--no_prior_initialize"])

@@ -140,6 +140,8 @@ class PriorTrainerMixin(_TrainerBase):
             raise ValueError(
                 f"prior_update is {self._prior_settings['prior_update']!r}, expected one of {', '.join(map(repr, UPDATES))}."
             )
+        if self.sampling is not None:
+            self._refuse_what_falsifies_the_law(self.sampling)
         penalty = self._bind()  # first: what is refused leaves the model as it came
         if self.model_init is None and self._starts_at_the_mean():
             reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
@@ -147,7 +149,6 @@ class PriorTrainerMixin(_TrainerBase):
         logger.info(f"Prior: {penalty.report()}")
         self.add_callback(_BindPrior(self))
         if self.sampling is not None:
-            self._refuse_what_falsifies_the_law()
             self.add_callback(_TakeSamples(self))
 
     # ---------------------------------------------------------------------------------------------------------- set-up
@@ -395,8 +396,7 @@ class PriorTrainerMixin(_TrainerBase):
         sampler = self._sampler()
         return sampler is not None and any(float(group["temperature"]) > 0 for group in sampler.param_groups)
 
-    def _refuse_what_falsifies_the_law(self) -> None:
-        assert self.sampling is not None  # noqa: S101
+    def _refuse_what_falsifies_the_law(self, sampling: Sampling) -> None:
         if self.args.weight_decay:
             raise ValueError(
                 f"weight_decay={self.args.weight_decay} beside a sampler would be a second prior that nobody asked for: use 0, "
@@ -411,8 +411,8 @@ class PriorTrainerMixin(_TrainerBase):
             raise ValueError("a sampler is an optimizer with a schedule of its own: pass no other beside sampler=...")
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor changes the likelihood that is sampled: use 0 with a sampler.")
-        if self.sampling.chain and self.args.data_seed is None:
-            self.args.data_seed = self.args.seed + self.sampling.chain  # else all chains would see the same minibatches
+        if sampling.chain and self.args.data_seed is None:
+            self.args.data_seed = self.args.seed + sampling.chain  # else all chains would see the same minibatches
 
     def _make_sampler(self, model: nn.Module) -> Sampler:
         assert self.sampling is not None  # noqa: S101

@@ -18,10 +18,10 @@ loss, and A is an exact rotation in the plane of (theta - mean) and the momentum
 C is the whole Sigma of the prior, and no K x K system is solved; or its diagonal, and the low-rank rest of the prior's
 gradient, which in these coordinates has a curvature between -1/N and 0, stays in the kick. Either way a stiff prior (variances
 from 1e-12 to 1e-4) limits no learning rate. With the angle w (a Cayley transform) the law is exact for every quadratic NLL,
-below lr h < 4 with h its largest curvature in the coordinates in which N(mean, C) is standard normal, in which lr is meant. With
-T = 0 the chain comes to rest at the MAP solution, for every lr and friction. The whole Sigma mixes at once without data; with
-data its few wide directions have by far the largest h and limit lr for all others, so that the diagonal is the better choice
-for a network.
+below lr h < 4 with h its largest curvature in the coordinates in which N(mean, C) is standard normal, in which lr is meant.
+With T = 0 the chain comes to rest at the MAP solution, for every lr and friction. The whole Sigma mixes at once without data;
+with data its few wide directions have by far the largest h and limit lr for all others, so that the diagonal is the better
+choice for a network.
 
 Source: Leimkuhler and Matthews 2013 (arXiv 1203.5428) for the splitting; Korol, Bou-Rabee and Miller 2019 (arXiv 1907.07941)
 for the Cayley angle; Cotter et al. 2013 (arXiv 1202.0709) for proposals that keep a Gaussian prior. Differs: SWAG's low-rank
