@@ -182,7 +182,7 @@ def disagreement(probabilities: Tensor) -> Disagreement:
     pairs = samples * (samples - 1) / 2
     rank = 2 * torch.arange(1, samples + 1, dtype=torch.float64) - samples - 1  # (S,)
     distance = agreeing = 0.0
-    for some in examples.split(max(1, _MOST_VALUES // (samples * classes)), dim=1):  # (S, b, C)
+    for some in torch.split(examples, max(1, _MOST_VALUES // (samples * classes)), dim=1):  # (S, b, C)
         values = some.cpu().double()
         bad = int(values.isnan().any(2).sum())
         if bad:

@@ -72,7 +72,7 @@ class ReliabilityBins:
     """Confidence and accuracy, bin by bin.
 
     Attributes:
-        edges: of the bins, one more than there are bins, rising; bin b holds edges[b] <= confidence < edges[b + 1], the
+        edges: of the bins, one more than there are bins; bin b holds edges[b] <= confidence < edges[b + 1], the
             last one its upper edge too.
         confidence: mean confidence of the examples in each bin; NaN where there are none.
         accuracy: share of them that is right; NaN where there are none.
@@ -195,9 +195,7 @@ def reliability_bins(
     if adaptive:
         ordered = found.confidence.sort().values
         starts = [len(ordered) * b // bins for b in range(bins)]
-        edges = torch.cat([ordered[starts], ordered[-1:]]).unique()
-        if len(edges) == 1:
-            edges = edges.repeat(2)
+        edges = torch.cat([torch.unique_consecutive(ordered[starts]), ordered[-1:]])
     return _bins(edges, _bin_sums(found, edges))
 
 
@@ -250,7 +248,8 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
         PriorNumericsError: NaN.
     """
     _check_values(probabilities, are_probabilities=True)
-    return torch.special.entr(_float(probabilities)).sum(1)
+    entropy: Tensor = torch.special.entr(_float(probabilities)).sum(1)
+    return entropy
 
 
 def mutual_information(probabilities: Tensor, expected_entropy: Tensor) -> Tensor:
@@ -373,7 +372,7 @@ class TemperatureScaling:
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(z * (-log_temperature).exp(), y)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
         with torch.enable_grad():
@@ -497,7 +496,7 @@ class SegmentationMetrics:
         if logits.shape[-2] > height or logits.shape[-1] > width:
             raise ValueError(f"logits of {tuple(logits.shape[-2:])} pixels are larger than labels of {(height, width)}.")
         many = max(1, _MOST_VALUES // max(1, self.num_classes * height * width))
-        for z, y in zip(logits.split(many), labels.split(many), strict=True):
+        for z, y in zip(torch.split(logits, many), torch.split(labels, many), strict=True):
             if z.shape[-2:] == y.shape[-2:]:
                 yield z, y
             else:
