@@ -178,7 +178,7 @@ def plot_reliability(
     top.legend(loc="upper left", frameon=False, fontsize=9)
     below.set_ylim(bottom=0)
     below.set_xlabel("confidence (largest probability)")
-    below.set_ylabel("examples [%]")
+    below.set_ylabel("examples in bin [%]")
     for panel in (top, below):
         _tidy(panel)
     figure.suptitle(title, fontsize=11)
@@ -214,7 +214,9 @@ def plot_average(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     if len(methods) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
-    figure.suptitle(title, fontsize=11)
+    most = max(sum(1 for r in named if (r["method"], r["samples"]) == (row["method"], row["samples"])) for row in named)
+    note = f" (mean of {most} runs, bars: one standard deviation, dots: runs)" if most > 1 else ""
+    figure.suptitle((title + note).strip(), fontsize=11)
     return _save(figure, path)
 
 
@@ -256,18 +258,18 @@ def plot_trace(
         if tensor.shape != (chains, draws):
             raise ValueError(f"{label} has shape {tuple(tensor.shape)}, expected {(chains, draws)}.")
     lines = [*above, *((name, values[:, :, i]) for i, name in enumerate(names[:_MOST_PANELS]))]
-    figure = _figure(8.0, 0.9 + 1.25 * len(lines))
+    figure = _figure(8.0, 0.9 + 1.35 * len(lines))
     panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (label, tensor) in zip(panels, lines, strict=True):
         for chain, series in enumerate(tensor.detach().cpu().double().tolist()):
             colour, _, _ = _STYLES[chain % len(_STYLES)]
             panel.plot(range(1, draws + 1), series, color=colour, linewidth=0.9, alpha=0.85, label=f"chain {chain + 1}")
-        panel.set_ylabel(label, fontsize=8)
+        panel.set_title(label, fontsize=9, loc="left")
         panel.tick_params(labelsize=8)
+        panel.ticklabel_format(axis="y", useOffset=False)
         panel.margins(x=0.01)
         _tidy(panel)
     panels[-1].set_xlabel("draw")
-    figure.align_ylabels()
     if chains > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(chains, 6), frameon=False, fontsize=9)
@@ -320,15 +322,17 @@ def plot_segmentation(
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}.")
     rows, height, width = shape
     known = labels[(labels != ignore_index) & (labels >= 0)]
-    occurring = sorted({*known.unique().tolist(), *predictions.unique().tolist()})
+    occurring = sorted({*torch.unique(known).tolist(), *torch.unique(predictions).tolist()})
     side = 1.9
     note = 0.0 if class_names is None else 0.3 * math.ceil(len(occurring) / 6)
-    figure = _figure(5 * side + 0.4, rows * side * height / width + 0.95 + note)
-    panels = figure.subplots(rows, 5, squeeze=False)
+    figure = _figure(5 * side + 0.4, rows * (side * height / width + 0.05) + 0.75 + note + (0.25 if title else 0.0))
+    panels = figure.subplots(rows + 1, 5, squeeze=False, height_ratios=[*[side * height / width] * rows, 0.1])
     heads = ("image", "true", "predicted", "predictive entropy [nats]", "mutual information [nats]")
     for panel, head in zip(panels[0], heads, strict=True):
         panel.set_title(head, fontsize=9)
-    for row, line in enumerate(panels):
+    for panel in panels[rows, :3]:
+        panel.set_axis_off()
+    for row, line in enumerate(panels[:rows]):
         line[0].imshow(_picture(images[row]).tolist())
         line[1].imshow(_coloured(labels[row], ignore_index).tolist(), interpolation="nearest")
         line[2].imshow(_coloured(predictions[row], ignore_index).tolist(), interpolation="nearest")
@@ -340,7 +344,7 @@ def plot_segmentation(
         most = max(float(tensor.max()), 1e-6)
         for row in range(rows):
             shown = panels[row, column].imshow(tensor[row].detach().cpu().double().tolist(), cmap="magma", vmin=0, vmax=most)
-        bar = figure.colorbar(shown, ax=panels[:, column].tolist(), location="bottom", shrink=0.9, aspect=22, pad=0.02)
+        bar = figure.colorbar(shown, cax=panels[rows, column], orientation="horizontal")
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_visible(False)
     if class_names is not None:
@@ -384,8 +388,18 @@ def _accuracy_and_nll(
         _tidy(panel)
         if len(numbers) > 1:
             panel.set_xscale("log")
-        panel.set_xticks(numbers, labels=[f"{n:,}" for n in numbers])
+        ticks = _apart(numbers)
+        panel.set_xticks(ticks, labels=[f"{n:,}" for n in ticks])
         panel.set_xticks([], minor=True)
+
+
+def _apart(numbers: Sequence[int]) -> list[int]:
+    """Those rising numbers whose labels have room on a logarithmic axis."""
+    chosen: list[int] = []
+    for number in numbers:
+        if not chosen or math.log(number / chosen[-1]) > math.log(numbers[-1] / numbers[0]) / 14:
+            chosen.append(number)
+    return chosen
 
 
 def _picture(image: Tensor) -> Tensor:
