@@ -190,8 +190,7 @@ def disagreement(probabilities: Tensor) -> Disagreement:
                 f"at least {bad} of {samples * examples.shape[1]} predictions have NaN: a sample diverged. Lower the learning "
                 "rate."
             )
-        ordered = (values - values[:1]).sort(0).values  # differences: what samples share must not round them away
-        distance += 0.5 * float(torch.einsum("s,sbc->", rank, ordered))
+        distance += 0.5 * float(torch.einsum("s,sbc->", rank, values.sort(0).values))
         votes = F.one_hot(values.argmax(2), classes).sum(0)  # (b, C)
         agreeing += float((votes * (votes - 1)).sum()) / 2
     total = pairs * examples.shape[1]

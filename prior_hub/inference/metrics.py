@@ -375,8 +375,7 @@ class TemperatureScaling:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         self.temperature = math.exp(log_temperature.item())
         return self
 
@@ -548,14 +547,16 @@ def _examples(values: Tensor, labels: Tensor, ignore_index: int, from_logits: bo
     if from_logits:
         log_probabilities = values.log_softmax(1)
         log_true = log_probabilities.gather(1, true).squeeze(1)
-        probabilities, rest = log_probabilities.exp_(), -log_true.expm1()
+        probabilities = log_probabilities.exp_()
     else:
-        probabilities, rest = values, 1 - values.gather(1, true).squeeze(1)
+        probabilities = values
         log_true = values.gather(1, true).squeeze(1).log()
     confidence, predicted = probabilities.max(1)
-    distance = rest.square()
+    distance = confidence
     if brier:
-        distance += probabilities.scatter(1, true, 0).square().sum(1)
+        others = probabilities.scatter(1, true, 0)  # of logits their sum is 1 - p[y], without the rounding of p[y] to 1
+        rest = others.sum(1) if from_logits else 1 - values.gather(1, true).squeeze(1)
+        distance = others.square().sum(1) + rest.square()
     bad = int(((log_true.isnan() | confidence.isnan()) & valid).sum())
     if bad:
         raise PriorNumericsError(
