@@ -28,6 +28,7 @@ _LAZY = {
     "AveragedPrediction": "prior_hub.inference.average",
     "BAOA": "prior_hub.inference.baoa",
     "BayesianModelAverage": "prior_hub.inference.average",
+    "ChainDiagnostics": "prior_hub.inference.diagnostics",
     "CyclicalSchedule": "prior_hub.inference.schedule",
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
@@ -35,19 +36,23 @@ _LAZY = {
     "PriorConfig": "prior_hub.priors.config",
     "PriorModel": "prior_hub.model",
     "PriorPenalty": "prior_hub.finetuning.penalty",
-    "ProximalStep": "prior_hub.finetuning.proximal",
     "PriorTrainer": "prior_hub.finetuning.trainer",
     "PriorTrainerMixin": "prior_hub.finetuning.trainer",
     "PriorTrainingArguments": "prior_hub.finetuning.arguments",
+    "ProximalStep": "prior_hub.finetuning.proximal",
     "SGHMC": "prior_hub.inference.sghmc",
     "SGLD": "prior_hub.inference.sgld",
     "SamplingScheduler": "prior_hub.inference.schedule",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
+    "TemperatureScaling": "prior_hub.inference.metrics",
+    "chain_diagnostics": "prior_hub.inference.diagnostics",
+    "classification_metrics": "prior_hub.inference.metrics",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
+    "segmentation_metrics": "prior_hub.inference.metrics",
     "write_sample": "prior_hub.inference.samples",
 }
 
@@ -57,6 +62,7 @@ __all__ = [
     "SGLD",
     "AveragedPrediction",
     "BayesianModelAverage",
+    "ChainDiagnostics",
     "CyclicalSchedule",
     "LowRankGaussian",
     "Match",
@@ -79,11 +85,15 @@ __all__ = [
     "SamplingScheduler",
     "SwagCallback",
     "SwagEstimator",
+    "TemperatureScaling",
     "__version__",
+    "chain_diagnostics",
+    "classification_metrics",
     "isotropic_prior",
     "match_parameters",
     "push_prior_to_hub",
     "recompute_batch_norm",
+    "segmentation_metrics",
     "write_sample",
 ]
 
@@ -94,6 +104,8 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
     from prior_hub.inference.average import AveragedPrediction, BayesianModelAverage
     from prior_hub.inference.baoa import BAOA
+    from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics
+    from prior_hub.inference.metrics import TemperatureScaling, classification_metrics, segmentation_metrics
     from prior_hub.inference.samples import write_sample
     from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
     from prior_hub.inference.sghmc import SGHMC

@@ -1,1 +1,1 @@
-"""The posterior downstream: samplers and averaging (not built yet; see CHANGELOG.md)."""
+"""The posterior downstream: samplers, samples on disk, their average, how good it is and whether it may be trusted."""
