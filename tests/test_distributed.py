@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, random_prior
 from safetensors.torch import load_file
-from worker_training import CLIP, IMPLICIT, NATIVE_FSDP2, ROWS, SCENARIOS, STEPS, WATCHED, train
+from worker_training import CLIP, IMPLICIT, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
 
 from prior_hub import PriorModel, PriorTrainer
 from prior_hub.distributed import contribution, copy_full_, is_sharded, local_tensor, shard_like, sum_over_ranks
@@ -37,6 +37,7 @@ SAME = 1e-5
 fsdp2 = pytest.mark.skipif(not NATIVE_FSDP2, reason="this transformers does not train models that it sharded when loading")
 FSDP2_RUNS = (pytest.param("fsdp vit", marks=fsdp2), pytest.param("fsdp resnet", marks=fsdp2))
 RUNS = ("ddp vit", "ddp resnet", "ddp unused", *FSDP2_RUNS)
+SAMPLED_RUNS = [*(f"ddp {name}" for name in SAMPLED), pytest.param("fsdp cold", marks=fsdp2)]
 IMPLICIT_RUNS = [f"ddp {name}" for name in IMPLICIT] + [pytest.param(f"fsdp {name}", marks=fsdp2) for name in IMPLICIT]
 
 
@@ -106,9 +107,9 @@ def flat(tensors, names) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- DDP and FSDP2, training
 
 
-@pytest.mark.parametrize("name", [*RUNS, *IMPLICIT_RUNS])
+@pytest.mark.parametrize("name", [*RUNS, *IMPLICIT_RUNS, *SAMPLED_RUNS])
 def test_final_weights_are_those_of_one_process(ranks, one_process, name):
-    """Six SGD steps with accumulation 2 and clipping, under a prior whose gradient is clipped along with the data's."""
+    """Six steps with accumulation 2 and clipping, under a prior whose gradient is clipped along with the data's."""
     (facts, tensors), (_, other) = ranks
     assert facts[name]["world_size"] == 2
     if name.startswith("ddp"):
@@ -150,6 +151,41 @@ def test_the_prior_counts_once_per_optimizer_step_on_every_rank_clipped_and_not(
             assert whole.norm() > 2 * CLIP
             expected = whole * (CLIP / (whole.norm() + 1e-6))  # clip_grad_norm_'s own 1e-6
             assert (flat(clipped, ours) - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("name", SAMPLED_RUNS)
+def test_samples_and_their_average_are_those_of_one_process(ranks, one_process, name):
+    """Written once, in full shape, with BatchNorm statistics over the batches of both ranks."""
+    single = one_process(name)
+    for facts, tensors in ranks:
+        assert facts[name]["samples"] == single["facts"]["samples"] == [4, 6]
+        assert facts[name]["average"] == pytest.approx(single["facts"]["average"], rel=1e-5)
+        sample, final = group(tensors, name, "sample"), group(tensors, name, "weight")
+        assert sample.keys() == final.keys()
+        assert all(torch.equal(sample[key], final[key]) for key in sample)  # the last one is taken after the last step
+        statistics, expected = group(tensors, name, "statistic"), kind_of(single["tensors"], "statistic")
+        assert statistics.keys() == expected.keys()
+        assert bool(statistics) == (name == "ddp baoa")
+        for key, value in statistics.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+
+
+@fsdp2
+def test_a_sharded_chain_has_noise_of_its_own_for_each_shard_and_none_for_each_rank(ranks, one_process):
+    """All ranks hold the same full weights, which are neither those of one process nor those without noise."""
+    (facts, tensors), (_, other) = ranks
+    warm, cold = group(tensors, "fsdp warm", "weight"), group(tensors, "fsdp cold", "weight")
+    assert facts["fsdp warm"]["samples"] == [4, 6]
+    single = kind_of(one_process("ddp warm")["tensors"], "weight")
+    for key, tensor in warm.items():
+        assert torch.equal(tensor, group(other, "fsdp warm", "weight")[key])
+    noise = flat(warm, warm) - flat(cold, warm)
+    assert noise.norm() > 0.1
+    assert noise.norm() == pytest.approx(float((flat(single, warm) - flat(cold, warm)).norm()), rel=0.5)
+    name = max(warm, key=lambda n: warm[n].numel())
+    rows = (warm[name] - cold[name]).flatten(1)
+    half = len(rows) // 2  # rank 0's and rank 1's part: equal streams would make them alike
+    assert torch.corrcoef(torch.stack([rows[:half].flatten(), rows[half:].flatten()]))[0, 1].abs() < 0.5
 
 
 @fsdp2

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorTrainer, SwagCallback
 from prior_hub.distributed import copy_full_, is_sharded, local_tensor, reshard
+from prior_hub.inference.samples import list_samples
 
 ROWS, STEPS = 32, 6
 WATCHED, CLIP = 3, 0.5  # steps of the runs whose gradients are kept, and the norm some are clipped to
@@ -41,7 +42,16 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (tiny_vit, {"optim": "adamw_torch", "prior_head_variance": 0.5, "prior_update": "implicit"}),
 }
 IMPLICIT = ("implicit", "adamw")  # the prior as a step of its own, far too stiff for a gradient
-GRADIENT = tuple(name for name in SCENARIOS if name not in IMPLICIT)
+# chains; noise is drawn per shard, so that a sharded chain at a temperature is another one, and only "cold" is the same
+CHAIN = {"num_cycles": 1, "samples_per_cycle": 2, "exploration": 0.34, "prior_head_variance": 0.5}
+SCENARIOS |= {
+    "baoa": (tiny_resnet, {"sampler": "baoa", "learning_rate": 0.3, **CHAIN}),
+    "sghmc": (tiny_vit, {"sampler": "sghmc", "learning_rate": 0.005, **CHAIN}),
+    "cold": (tiny_vit, {"sampler": "baoa", "learning_rate": 0.3, "temperature": 0.0, "sampler_metric": "full", **CHAIN}),
+    "warm": (tiny_vit, {"sampler": "baoa", "learning_rate": 0.3, "sampler_metric": "full", **CHAIN}),
+}
+SAMPLED = ("baoa", "sghmc", "cold", "warm")
+GRADIENT = tuple(name for name in SCENARIOS if name not in (*IMPLICIT, *SAMPLED))
 
 
 class Unused(nn.Module):
@@ -118,8 +128,9 @@ def train(
     """Fine-tune, learning a prior on the way: (trainer, callback, {"tensors": ..., "facts": ...})."""
     _, settings = SCENARIOS[name]
     swag, path = SwagCallback(rank=3, start=1, every_n_steps=1), Trajectory()
+    place = f"{name}-{accumulation}-{sharded}" if name in SAMPLED else ""
     arguments = quiet_arguments(
-        folder / "out",
+        folder / "out" / place,
         gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         logging_steps=2,
@@ -142,10 +153,19 @@ def train(
     evaluated = trainer.evaluate()["eval_loss"]  # before anything reshards
     reshard(model)
     again = trainer.evaluate()["eval_loss"]
+    average = trainer.evaluate().get("eval_bma_loss")
     tensors = {f"weight.{n}": t for n, t in weights(model).items()}
     tensors |= {f"start.{n}": t for n, t in path.weights[0].items()}
     tensors |= prior_tensors(swag)
+    stored = list_samples(trainer.samples_folder)
+    if stored:
+        last = stored[-1].read()
+        tensors |= {f"sample.{n}": t for n, t in last.parameters.items()} | {
+            f"statistic.{n}": t for n, t in last.buffers.items()
+        }
     facts = {
+        "samples": [sample.step for sample in stored],
+        "average": average,
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         "wrapper": type(trainer.model_wrapped).__name__,
         "sharded": sum(is_sharded(p) for p in model.parameters()),
@@ -289,7 +309,7 @@ def main() -> None:
 
     for name in SCENARIOS:
         keep(f"ddp {name}", train(name, folder, 2)[2])
-    for name in IMPLICIT if NATIVE_FSDP2 else ():
+    for name in (*IMPLICIT, "cold", "warm") if NATIVE_FSDP2 else ():
         keep(f"fsdp {name}", train(name, folder, 2, sharded=True)[2])
     for name in GRADIENT:
         keep(f"watched ddp {name}", watched(name, folder, sharded=False))
