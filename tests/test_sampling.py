@@ -395,6 +395,30 @@ def test_text_classification_is_averaged_too(tmp_path):
     assert metrics["eval_bma_loss"] != metrics["eval_loss"]
 
 
+def test_samples_that_predict_the_same_are_warned_of(tmp_path):
+    trainer = trainer_of(tmp_path, "sghmc", learning_rate=1e-9)
+    trainer.train()
+    with pytest.warns(PriorWarning, match="the 4 posterior samples predict nearly the same"):
+        trainer.evaluate()
+
+
+def test_chains_are_diagnosed_from_their_samples(tmp_path):
+    """Two chains of eight samples of random walks around different places: R-hat sees it; the same chain twice: it does not."""
+    for chain in (0, 1):
+        trainer_of(tmp_path, chain=chain, max_steps=32, samples_per_cycle=4, num_cycles=2).train()
+    model = tiny_vit()
+    average = BayesianModelAverage.from_folder(tmp_path / "samples", model)
+    batch = {"pixel_values": torch.stack([row["pixel_values"] for row in image_data(8, seed=6)])}
+    found = average.diagnose([batch], progress=False)
+    assert (found.num_chains, found.num_draws, found.num_functions) == (2, 8, 24)
+    assert found.r_hat_max > 1.01
+    values = average.function_values([batch], progress=False)
+    apart = values.view(2, 8, -1)[:, :, 0]
+    assert apart.std() > 0
+    few = average.diagnose([batch], functions=5, progress=False)
+    assert few.num_functions == 5
+
+
 # -------------------------------------------------------------------------------------------------- settings and refusals
 
 

@@ -30,7 +30,8 @@ from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.penalty import PriorPenalty
 from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update, highest_rate
 from prior_hub.finetuning.sampling import DEFAULT_HEAD_VARIANCE, Sampling
-from prior_hub.inference.average import BayesianModelAverage, averaged, enlarged, nll_of
+from prior_hub.inference.average import BayesianModelAverage, averaged, class_dimension, enlarged, nll_of
+from prior_hub.inference.diagnostics import warn_without_variability
 from prior_hub.inference.sampler import Sampler
 from prior_hub.inference.samples import list_samples, remove_samples, write_sample
 from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
@@ -124,6 +125,7 @@ class PriorTrainerMixin(_TrainerBase):
         self._ignores_item_count = False
         self._schedule: CyclicalSchedule | None = None
         self._average: BayesianModelAverage | None = None  # while it is evaluated
+        self._compared = False  # whether its members' predictions were
         self._written: set[Path] = set()  # folders of chains that this trainer has written samples to
         if chosen is not None:
             self.prior = self._load_prior(chosen, getattr(settings, "hub_token", None))
@@ -497,7 +499,7 @@ class PriorTrainerMixin(_TrainerBase):
         if sum(sample.path.stat().st_size for sample in list_samples(self.samples_folder)) <= _KEPT_BYTES:
             average.members = [member.read() for member in average.members]
         with average.own_weights_kept():
-            self._average = average
+            self._average, self._compared = average, False
             try:
                 yield average
             finally:
@@ -533,6 +535,7 @@ class PriorTrainerMixin(_TrainerBase):
             step: tuple[Tensor | None, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             return step
         labels: Any = None
+        seen: list[Tensor] = []  # a few of each member's predictions, of the first batch
 
         def members() -> Iterator[Tensor]:
             nonlocal labels
@@ -540,9 +543,14 @@ class PriorTrainerMixin(_TrainerBase):
                 average.put(member)
                 _, logits, labels = super(PriorTrainerMixin, self).prediction_step(model, dict(inputs), False, ignore_keys)
                 first = logits[0] if isinstance(logits, (tuple, list)) else logits
+                if not self._compared:
+                    seen.append(first[:8].softmax(class_dimension(first)).movedim(class_dimension(first), 1))
                 yield enlarged(first, labels) if isinstance(labels, Tensor) else first
 
         found = averaged(members()).log_probabilities
+        if len(seen) > 1:
+            warn_without_variability(torch.stack(seen))
+        self._compared = True
         loss = None
         if isinstance(labels, Tensor):
             config = getattr(self.model, "config", None)

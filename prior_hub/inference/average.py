@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from prior_hub.distributed import copy_full_, local_tensor, reshard
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNotFoundError
+from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics, warn_without_variability
 from prior_hub.inference.samples import Sample, StoredSample, frozen_digest, list_samples
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import has_batch_norm, recompute_batch_norm
@@ -213,6 +214,31 @@ class BayesianModelAverage:
                 self.put(member)
                 values.append(torch.cat([self._member(batch)[0].cpu() for batch in batches]))
         return torch.stack(values)
+
+    def diagnose(self, dataloader: Iterable[Any], *, functions: int = 200, progress: bool = True) -> ChainDiagnostics:
+        """R-hat and effective sample size of the log-probabilities on some inputs, over the chains that the samples come from.
+
+        Chains of different lengths are compared over the length of the shortest. The samples' likeness is warned of.
+
+        Args:
+            dataloader: batches, of a few dozen inputs that were not trained on.
+            functions: how many function values are looked at, taken evenly.
+            progress: show a progress bar.
+
+        Raises:
+            ImportError: arviz-stats is missing.
+            ValueError: too few samples in a chain (4, or 8 of a single chain).
+        """
+        values = self.function_values(dataloader, progress=progress)
+        if len(self) > 1:
+            warn_without_variability(values.exp())
+        chains: dict[int, list[int]] = {}
+        for index, member in enumerate(self.members):
+            chains.setdefault(member.chain if isinstance(member, StoredSample) else 0, []).append(index)
+        draws = min(len(indices) for indices in chains.values())
+        flat = values.flatten(1)
+        kept = flat[:, torch.linspace(0, flat.shape[1] - 1, min(functions, flat.shape[1])).long()]
+        return chain_diagnostics(torch.stack([kept[indices[-draws:]] for indices in chains.values()]))
 
     @contextmanager
     def own_weights_kept(self) -> Iterator[None]:
