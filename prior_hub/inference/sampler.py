@@ -6,11 +6,12 @@ learning rate, the exact stationary variance is T / (N h); each class says what 
 
 **Temperature.** The noise of minibatches heats the chain as well. With V the variance of one gradient entry between batches,
 
-    T_effective = T + N lr V / (2 friction)        (SGLD: friction 1; BAOA: 2 friction becomes friction (2 - friction))
+    T_effective = T + N lr V / (2 friction)                        SGLD (friction 1) and SGHMC
+    T_effective = T + N lr V (2 - friction) / (4 friction)         BAOA; its last term is divided by 1 - lr h / 4
 
 `measure()` and `effective_temperature()` find it from the difference of the gradients of two consecutive steps, whose mean
-square is 2 V, and a little more: on a quadratic without any noise of batches it finds a share of order (lr h)^2 for SGLD and
-lr h / friction for SGHMC too much, which is small where the discretisation is any good.
+square is 2 V, and a little more, from the chain's own movement: up to a share lr h of what V gives, and of T a share of
+(lr h)^2 / 2 for SGLD, (lr h)^2 / (2 friction (2 - friction)) for SGHMC and (lr h)^2 (2 - friction)^2 / (16 friction) for BAOA.
 
 **Preconditioner.** With a positive diagonal C, lr becomes lr C and the noise gets C^1/2: the same target for a constant C.
 With the prior's variances as C the learning rate is in units in which the prior is standard normal.
