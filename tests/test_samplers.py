@@ -664,6 +664,17 @@ def test_parameters_without_a_gradient_are_left_alone_except_under_a_prior(kind)
         assert not optimizer.state.get(parameters[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_any_gradient_and_a_frozen_group_are_no_error(kind):
+    parameters, frozen = fresh(), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = sampler(kind, parameters)
+    optimizer.add_param_group({"params": [frozen]})
+    optimizer.step()
+    parameters[0].grad = torch.ones_like(parameters[0])
+    optimizer.step()
+    assert torch.equal(frozen.detach(), torch.ones(2, dtype=torch.float64))
+
+
 def test_a_parameter_of_the_prior_that_the_loss_does_not_use_has_the_conditional_law():
     """Exactly: weights of the Gaussian without a likelihood of their own follow those that have one."""
     gaussian, root, inverse = stiff_prior(6, low=1e-3)
@@ -977,6 +988,8 @@ def test_the_scheduler_writes_rate_and_temperature_of_every_group():
         for group, lr, temperature in zip(optimizer.param_groups, (0.1, 0.5), (2.0, 0.1), strict=True):
             assert group["lr"] == pytest.approx(lr * schedule.factor(step))
             assert group["temperature"] == (temperature if step % 10 >= 5 else 0.0)
+        for p in (a, b):
+            p.grad = torch.zeros_like(p)
         optimizer.step()
         scheduler.step()
 

@@ -47,6 +47,8 @@ class SGHMC(Sampler):
     def _advance(self) -> None:
         for group in self.param_groups:
             moved = self._moved(group)
+            if not moved:
+                continue
             root, friction = math.sqrt(float(group["lr"])), float(group["friction"])
             spread = math.sqrt(2 * friction * float(group["temperature"]) / self.num_data)
             variance = float(group["temperature"]) / self.num_data * 2 / (2 - friction)
