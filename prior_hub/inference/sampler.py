@@ -64,11 +64,12 @@ class Sampler(torch.optim.Optimizer):
         seed: int = 0,
         chain: int = 0,
         preconditioner: Mapping[Tensor, Tensor | float] | None = None,
-        **more: float,
+        friction: float | None = None,
     ) -> None:
         if not num_data >= 1:
             raise ValueError(f"num_data is {num_data}, expected the number of training examples, 1 or more.")
-        super().__init__(params, {"lr": lr, "temperature": temperature, **more})
+        defaults = {"lr": lr, "temperature": temperature}
+        super().__init__(params, defaults if friction is None else defaults | {"friction": friction})
         self.num_data = int(num_data)
         self._noise = NoiseSource(seed, chain)
         self._precondition = dict(preconditioner or {})
