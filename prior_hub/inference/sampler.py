@@ -86,7 +86,10 @@ class Sampler(torch.optim.Optimizer):
                     wanted = "above 0 and at most 1" if name == "friction" else "a finite number >= 0"
                     raise ValueError(f"{name} is {value}, expected {wanted}.")
         for parameter, diagonal in self._precondition.items():
-            lowest = float(diagonal.min()) if isinstance(diagonal, Tensor) else float(diagonal)
+            if isinstance(diagonal, Tensor):
+                lowest = float(diagonal.min()) if diagonal.numel() else math.inf  # a rank may hold no entries
+            else:
+                lowest = float(diagonal)
             if not lowest > 0:
                 raise ValueError(f"the preconditioner has an entry of {lowest}, expected positive ones.")
             if isinstance(diagonal, Tensor) and diagonal.ndim and diagonal.shape != local_tensor(parameter).shape:
