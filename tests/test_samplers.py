@@ -994,19 +994,3 @@ def test_the_scheduler_writes_rate_and_temperature_of_every_group():
         scheduler.step()
 
 
-# ----------------------------------------------------------------------------------------- against the posteriors library
-
-
-@pytest.fixture(scope="module")
-def posteriors():
-    if importlib.util.find_spec("posteriors") is None:
-        pytest.skip("the posteriors library is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import posteriors
-
-        return posteriors
-
-
-def their_map(module, update, lr, friction, size):
-    """The affine map of one step of theirs, as `Map`. Their step size is sqrt(lr) where there is a momentum, T their T N."""
