@@ -306,7 +306,9 @@ def test_baoa_without_data_has_the_priors_law_at_every_learning_rate(friction):
         make = under(gaussian, lr, num_data=10, temperature=0.5, friction=friction)
         found = Map(make, torch.zeros_like, rank=RANK, **around(gaussian, root, inverse))
         # U = N L = the prior's penalty, so that the temperature counts for the prior too
-        assert close(found.covariance(), 0.5 * torch.block_diag(torch.eye(D), torch.eye(D) / 10), 1e-6)  # lr 1e-3 gathers 1e5 steps' rounding
+        assert close(
+            found.covariance(), 0.5 * torch.block_diag(torch.eye(D), torch.eye(D) / 10), 1e-6
+        )  # lr 1e-3 gathers 1e5 steps' rounding
         assert found.radius < 1
 
 
@@ -931,7 +933,10 @@ def test_coarse_parameters_warn_and_float32_ones_do_not(cls):
         ({"exploration": 1.0}, r"exploration is 1\.0, expected a share of a cycle"),
         ({"exploration": math.nan}, "exploration is nan, expected a share of a cycle"),
         ({"kind": "linear"}, "schedule is 'linear', expected one of 'cyclical', 'constant'"),
-        ({"num_steps": 20}, "20 steps in 4 cycles leave the cycle that begins at step 0 only 3 steps that sample, too few for 4"),
+        (
+            {"num_steps": 20},
+            "20 steps in 4 cycles leave the cycle that begins at step 0 only 3 steps that sample, too few for 4",
+        ),
         ({"num_steps": 30, "kind": "constant"}, "only 15 steps that sample, too few for 16 samples: train longer"),
     ],
 )
@@ -948,7 +953,9 @@ def test_schedules_that_cannot_be_are_refused(arguments, message):
     exploration=st.floats(0, 0.95),
     kind=st.sampled_from(["cyclical", "constant"]),
 )
-def test_every_step_is_in_one_cycle_and_every_cycle_ends_with_its_last_sample(num_steps, num_cycles, samples, exploration, kind):
+def test_every_step_is_in_one_cycle_and_every_cycle_ends_with_its_last_sample(
+    num_steps, num_cycles, samples, exploration, kind
+):
     try:
         schedule = CyclicalSchedule(num_steps, num_cycles, samples, exploration, kind)
     except ValueError as error:
@@ -992,5 +999,3 @@ def test_the_scheduler_writes_rate_and_temperature_of_every_group():
             p.grad = torch.zeros_like(p)
         optimizer.step()
         scheduler.step()
-
-
