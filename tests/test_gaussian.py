@@ -558,12 +558,12 @@ def test_conditioning_on_what_is_not_there_or_on_everything_is_named():
     prior = make(2)
     with pytest.raises(PriorMatchError, match="cannot condition on 'other': no such parameter"):
         prior.conditional({"other": torch.zeros(3)})
-    with pytest.raises(PriorMatchError, match="cannot condition on 'conv.bias'"):
+    with pytest.raises(PriorMatchError, match=r"cannot condition on 'conv\.bias'"):
         prior.conditional({"conv.bias": torch.zeros(4)})
     with pytest.raises(PriorMatchError, match="all parameters of the prior are given"):
         prior.conditional(dict(prior.mean))
     assert prior.conditional({}) is prior
-    with pytest.raises(PriorMatchError, match="no value given for parameter 'conv.weight'"):
+    with pytest.raises(PriorMatchError, match=r"no value given for parameter 'conv\.weight'"):
         prior.covariance_product({})
 
 

@@ -4,7 +4,6 @@ Most is exact: on a quadratic loss one step is an affine map of (weights, moment
 chosen noise, and the stationary law follows from scipy's discrete Lyapunov equation. No sampling, so 1e-8 and not 5 %.
 """
 
-import importlib.util
 import io
 import math
 import warnings
@@ -138,7 +137,9 @@ def metric(preconditioner):
     if preconditioner is None:
         diagonal = torch.ones(D, dtype=torch.float64)
     else:
-        diagonal = joined([torch.as_tensor(c, dtype=torch.float64).expand(s) for c, s in zip(preconditioner, SHAPES.values())])
+        diagonal = joined(
+            [torch.as_tensor(c, dtype=torch.float64).expand(s) for c, s in zip(preconditioner, SHAPES.values(), strict=True)]
+        )
     root = diagonal.sqrt()
     h, axes = torch.linalg.eigh(root[:, None] * HESSIAN * root)
     return diagonal, h.numpy(), (root[:, None] * axes).numpy()
@@ -999,3 +1000,62 @@ def test_the_scheduler_writes_rate_and_temperature_of_every_group():
             p.grad = torch.zeros_like(p)
         optimizer.step()
         scheduler.step()
+
+
+# ----------------------------------------------------------------------------------------- against the posteriors library
+
+
+def their_map(name, lr, friction, size, monkeypatch):
+    """(A, Q, C) of a step of posteriors' sampler, by probing; how its settings are ours is in benchmarks/samplers.py."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside
+        library = pytest.importorskip("posteriors")
+    sampler = getattr(library.sgmcmc, name.lower())
+    white = torch.zeros(D, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda tensor, **_: white.clone())
+
+    def log_posterior(theta, batch):
+        return -0.5 * (theta - TARGET) @ HESSIAN @ (theta - TARGET), torch.zeros(())
+
+    settings = {"lr": lr, "temperature": 1 / size}
+    if name != "SGLD":
+        root = math.sqrt(lr)
+        settings = {"lr": root, "temperature": 1 / size, "alpha": friction / root}
+        if name == "BAOA":
+            settings["alpha"] = -math.log(1 - friction) / root
+    transform = sampler.build(log_posterior, **settings)
+
+    def step(state, noise):
+        white.copy_(noise)
+        before = transform.init(state[:D]) if name == "SGLD" else transform.init(state[:D], momenta=state[D:])
+        after, _ = transform.update(before, None)
+        return torch.cat([after.params] if name == "SGLD" else [after.params, after.momenta]).detach()
+
+    count = D if name == "SGLD" else 2 * D
+    nothing, quiet = torch.zeros(count).double(), torch.zeros(D).double()
+    b = step(nothing, quiet)
+    A = torch.stack([step(e, quiet) - b for e in torch.eye(count).double()], 1).numpy()
+    Q = torch.stack([step(nothing, e) - b for e in torch.eye(D).double()], 1).numpy()
+    stable = np.abs(np.linalg.eigvals(A)).max() < 1
+    return A, Q, linalg.solve_discrete_lyapunov(A, Q @ Q.T, method="direct")[:D, :D] if stable else None
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_stationary_error_is_not_larger_than_that_of_the_posteriors_library(name, monkeypatch):
+    """Exactly, at the same learning rate, friction and number of gradients; SGLD and BAOA are the same chains."""
+    size, h = 30, float(torch.linalg.eigvalsh(HESSIAN).max())
+    exact = torch.linalg.inv(HESSIAN).numpy() / size
+    for friction in (0.1, 0.5) if name != "SGLD" else (1.0,):
+        for moved in (0.02, 0.08, 1.0):
+            A, Q, theirs = their_map(name, moved / h, friction, size, monkeypatch)
+            more = {} if name == "SGLD" else {"friction": friction}
+            found = Map(maker(SAMPLERS[name], moved / h, num_data=size, **more), pull)
+            if name != "SGHMC":
+                assert close(found.A, A, 1e-6)  # BAOA's friction is a float32 there
+                assert close(found.Q, Q, 1e-6)
+            ours = np.abs(found.covariance()[:D, :D] - exact).max()
+            if theirs is None:  # moves the weights with the momentum before
+                assert name == "SGHMC"
+                assert moved > friction
+            else:
+                assert ours <= np.abs(theirs - exact).max() + 1e-12
