@@ -818,8 +818,26 @@ def test_steps_restart_anywhere_and_tensors_of_one_step_differ():
     assert ((a - b).abs() > 0).all()
 
 
+def test_no_two_steps_seed_the_generator_alike_in_the_32_bits_it_keeps(monkeypatch):
+    """A counter hashed to 32 bits would meet itself some ten times in so many steps (birthdays)."""
+    seeds, n = set(), 300_000
+
+    class Recorder:
+        def __init__(self, device):
+            pass
+
+        def manual_seed(self, seed):
+            seeds.add(seed & 0xFFFFFFFF)
+
+    monkeypatch.setattr(torch, "Generator", Recorder)
+    source, device = NoiseSource(), torch.device("cpu")
+    for step in range(n):
+        source.start(step)
+        source._stream(0, device)
+    assert len(seeds) == n
+
+
 def test_the_first_number_never_repeats_and_is_independent_standard_normal_over_steps_shards_and_chains(monkeypatch):
-    """A counter hashed to 32 bits would repeat after some 65,000 steps (birthdays)."""
     n, number = 100_000, torch.zeros(1, dtype=torch.float64)
     source = NoiseSource()
     firsts = np.empty(n)
