@@ -282,10 +282,17 @@ def test_no_float64_reaches_a_device_that_has_none(rank):
         assert there.log_determinant().item() == pytest.approx(prior.log_determinant().item(), rel=1e-5)
         assert there.largest_precision() == pytest.approx(prior.largest_precision(), rel=1e-4)
         generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        shared = torch.ones(rank)
         pairs = [
             (there.sample(generator=generators[0]), prior.sample(generator=generators[1])),
             (there.marginal_variance(), prior.marginal_variance()),
             (there.penalty_and_gradient(moved)[1], prior.penalty_and_gradient(theta)[1]),
+            (there.covariance_product(moved), prior.covariance_product(theta)),
+            (there.coloured_noise(moved.__getitem__, shared.to("mps")), prior.coloured_noise(theta.__getitem__, shared)),
+            (
+                there.conditional({"conv.bias": moved["conv.bias"]}).mean,
+                prior.conditional({"conv.bias": theta["conv.bias"]}).mean,
+            ),
         ]
         for found, expected in pairs:
             for name, tensor in expected.items():
@@ -460,3 +467,117 @@ def test_sums_are_float64():
     prior = LowRankGaussian({"w": torch.zeros(size)}, {"w": torch.ones(size)})
     step = torch.full((size,), 0.1)
     assert prior.penalty({"w": step}).item() == pytest.approx(0.5 * size * float(step[0]) ** 2, rel=1e-7)
+
+
+def dense_problem(rank, shapes, log_scale, seed, eps, dtype=torch.float64):
+    """(names, a Gaussian over tensors of these shapes), some of them without entries."""
+    named = {f"p{i}.weight": tuple(s) for i, s in enumerate(shapes)}
+    return make(rank, seed=seed, shapes=named, dtype=dtype, scale=10**log_scale, eps=eps)
+
+
+ANY_GAUSSIAN = {
+    "rank": st.integers(0, 6),
+    "shapes": st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
+    "log_scale": st.floats(-4, 6),
+    "seed": st.integers(0, 10_000),
+    "eps": st.sampled_from([0.0, 1e-3]),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(**ANY_GAUSSIAN)
+def test_covariance_product_is_the_dense_product(rank, shapes, log_scale, seed, eps):
+    prior = dense_problem(rank, shapes, log_scale, seed, eps)
+    g = torch.Generator().manual_seed(seed)
+    vectors = {n: torch.randn(m.shape, generator=g, dtype=torch.float64) for n, m in prior.mean.items()}
+    kept = {n: v.clone() for n, v in vectors.items()}
+    product = prior.covariance_product(vectors)
+    expected = dense(prior)[1] @ flat(vectors, prior.names)
+    assert {n: p.shape for n, p in product.items()} == {n: m.shape for n, m in prior.mean.items()}
+    torch.testing.assert_close(
+        flat(product, prior.names), expected, rtol=1e-11, atol=1e-12 * (expected.abs().max().item() if len(expected) else 1)
+    )
+    assert all(torch.equal(vectors[n], kept[n]) for n in vectors)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**ANY_GAUSSIAN)
+def test_coloured_noise_is_a_linear_map_whose_square_is_sigma(rank, shapes, log_scale, seed, eps):
+    """Unit vectors in, columns of Sigma^1/2 out, (P, P + K): no sampling."""
+    prior = dense_problem(rank, shapes, log_scale, seed, eps)
+    size = prior.num_parameters
+    columns = []
+    for unit in torch.eye(size + prior.rank, dtype=torch.float64):
+        white, start = {}, 0
+        for name, mean in prior.mean.items():
+            white[name] = unit[start : start + mean.numel()].reshape(mean.shape)
+            start += mean.numel()
+        columns.append(flat(prior.coloured_noise(white.__getitem__, unit[size:]), prior.names))
+    root = torch.stack(columns, 1) if columns else torch.zeros(size, 0, dtype=torch.float64)
+    sigma = dense(prior)[1]
+    torch.testing.assert_close(root @ root.T, sigma, rtol=1e-11, atol=1e-12 * (sigma.abs().max().item() if size else 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(**ANY_GAUSSIAN, data=st.data())
+def test_conditional_is_the_dense_conditional(rank, shapes, log_scale, seed, eps, data):
+    """N(mean_a + S_ab S_bb^-1 (x_b - mean_b), S_aa - S_ab S_bb^-1 S_ba)."""
+    prior = dense_problem(rank, shapes, log_scale, seed, eps)
+    given_names = data.draw(st.lists(st.sampled_from(prior.names), unique=True, max_size=len(prior.names) - 1))
+    theta = near(prior, seed=seed + 1, dtype=torch.float64)
+    rest = prior.conditional({n: theta[n] for n in given_names})
+    mean, sigma = dense(prior)
+    owner = [n for n in prior.names for _ in range(prior.mean[n].numel())]
+    b = torch.tensor([i for i, n in enumerate(owner) if n in given_names], dtype=torch.long)
+    a = torch.tensor([i for i, n in enumerate(owner) if n not in given_names], dtype=torch.long)
+    gain = torch.linalg.solve(sigma[b][:, b], sigma[b][:, a]).T
+    expected_mean = mean[a] + gain @ (flat(theta, prior.names)[b] - mean[b])
+    expected = sigma[a][:, a] - gain @ sigma[b][:, a]
+    assert rest.names == tuple(n for n in prior.names if n not in given_names)
+    found_mean, found = dense(rest)
+    # the dense formula is a difference of terms up to Sigma's size: it has lost as many digits as they are larger
+    size = (sigma.abs().max().item(), expected_mean.abs().max().item()) if len(a) else (1.0, 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10 * size[0])
+    torch.testing.assert_close(found_mean, expected_mean, rtol=1e-8, atol=1e-9 * size[1])
+
+
+def test_conditional_keeps_what_the_joint_density_says():
+    """log p(all) - log p(given) = log p(rest | given), at any point, also with float32 tensors and bfloat16 deviations."""
+    for extra in ({"dtype": torch.float64}, {"deviations_dtype": torch.bfloat16}):
+        prior = make(4, scale=3.0, eps=1e-4, **extra)
+        theta = near(prior, dtype=extra.get("dtype", torch.float32))
+        given_names = ["conv.bias", "head.weight"]
+        rest = prior.conditional({n: theta[n] for n in given_names})
+        joint = prior.log_prob(theta).item() - prior.select(given_names).log_prob(theta).item()
+        # bfloat16 deviations are rounded anew, which moves a penalty by a share of 2^-9 or so
+        assert rest.log_prob(theta).item() == pytest.approx(joint, rel=1e-9 if "dtype" in extra else 1e-2)
+        assert {t.dtype for t in rest.deviations.values()} == {t.dtype for t in prior.deviations.values()}
+
+
+def test_conditioning_on_what_is_not_there_or_on_everything_is_named():
+    prior = make(2)
+    with pytest.raises(PriorMatchError, match="cannot condition on 'other': no such parameter"):
+        prior.conditional({"other": torch.zeros(3)})
+    with pytest.raises(PriorMatchError, match=r"cannot condition on 'conv\.bias'"):
+        prior.conditional({"conv.bias": torch.zeros(4)})
+    with pytest.raises(PriorMatchError, match="all parameters of the prior are given"):
+        prior.conditional(dict(prior.mean))
+    assert prior.conditional({}) is prior
+    with pytest.raises(PriorMatchError, match=r"no value given for parameter 'conv\.weight'"):
+        prior.covariance_product({})
+
+
+def test_blocks_do_not_change_covariance_products_noise_or_conditionals(monkeypatch):
+    prior = make(4, dtype=torch.float64)
+    theta = near(prior, dtype=torch.float64)
+    shared = torch.ones(4, dtype=torch.float64)
+
+    def results():
+        rest = prior.conditional({"conv.weight": theta["conv.weight"]})
+        found = [prior.covariance_product(theta), prior.coloured_noise(theta.__getitem__, shared), rest.mean, rest.deviations]
+        return [t for part in found for t in part.values()]
+
+    whole = results()
+    monkeypatch.setattr(module, "_CPU_BLOCK", 3)
+    for one, other in zip(whole, results(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)

@@ -212,5 +212,5 @@ class BAOA(Sampler):
         return found
 
     def _heating(self, group: dict[str, Any]) -> float:
-        friction = float(group["friction"])
-        return float(group["lr"]) / (friction * (2 - friction))
+        friction = float(group["friction"])  # the gradient's noise is damped by O before half of the drift, O's own is not
+        return float(group["lr"]) * (2 - friction) / (4 * friction)

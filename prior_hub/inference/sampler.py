@@ -6,11 +6,12 @@ learning rate, the exact stationary variance is T / (N h); each class says what 
 
 **Temperature.** The noise of minibatches heats the chain as well. With V the variance of one gradient entry between batches,
 
-    T_effective = T + N lr V / (2 friction)        (SGLD: friction 1; BAOA: 2 friction becomes friction (2 - friction))
+    T_effective = T + N lr V / (2 friction)                        SGLD (friction 1) and SGHMC
+    T_effective = T + N lr V (2 - friction) / (4 friction)         BAOA; its last term is divided by 1 - lr h / 4
 
 `measure()` and `effective_temperature()` find it from the difference of the gradients of two consecutive steps, whose mean
-square is 2 V, and a little more: on a quadratic without any noise of batches it finds a share of order (lr h)^2 for SGLD and
-lr h / friction for SGHMC too much, which is small where the discretisation is any good.
+square is 2 V, and a little more, from the chain's own movement: up to a share lr h of what V gives, and of T a share of
+(lr h)^2 / 2 for SGLD, (lr h)^2 / (2 friction (2 - friction)) for SGHMC and (lr h)^2 (2 - friction)^2 / (16 friction) for BAOA.
 
 **Preconditioner.** With a positive diagonal C, lr becomes lr C and the noise gets C^1/2: the same target for a constant C.
 With the prior's variances as C the learning rate is in units in which the prior is standard normal.
@@ -63,11 +64,12 @@ class Sampler(torch.optim.Optimizer):
         seed: int = 0,
         chain: int = 0,
         preconditioner: Mapping[Tensor, Tensor | float] | None = None,
-        **more: float,
+        friction: float | None = None,
     ) -> None:
         if not num_data >= 1:
             raise ValueError(f"num_data is {num_data}, expected the number of training examples, 1 or more.")
-        super().__init__(params, {"lr": lr, "temperature": temperature, **more})
+        defaults = {"lr": lr, "temperature": temperature}
+        super().__init__(params, defaults if friction is None else defaults | {"friction": friction})
         self.num_data = int(num_data)
         self._noise = NoiseSource(seed, chain)
         self._precondition: dict[Tensor, Tensor | float] = {}
@@ -83,7 +85,10 @@ class Sampler(torch.optim.Optimizer):
             ValueError: an entry that is not positive, or a shape that is not its parameter's.
         """
         for parameter, diagonal in preconditioner.items():
-            lowest = float(diagonal.min()) if isinstance(diagonal, Tensor) else float(diagonal)
+            if isinstance(diagonal, Tensor):
+                lowest = float(diagonal.min()) if diagonal.numel() else math.inf  # a rank may hold no entries
+            else:
+                lowest = float(diagonal)
             if not lowest > 0:
                 raise ValueError(f"the preconditioner has an entry of {lowest}, expected positive ones.")
             if isinstance(diagonal, Tensor) and diagonal.ndim and diagonal.shape != local_tensor(parameter).shape:

@@ -1,11 +1,12 @@
 """Stochastic gradient Hamiltonian Monte Carlo, velocity first.
 
-    m <- (1 - friction) m - sqrt(lr) C^1/2 g + sqrt(2 friction T / N) noise         m has variance T / N whatever lr is
+    m <- (1 - friction) m - sqrt(lr) C^1/2 g + sqrt(2 friction T / N) noise
     theta <- theta + sqrt(lr) C^1/2 m
 
 The same chain as v <- (1 - friction) v - lr g + sqrt(2 friction lr T / N) noise, theta <- theta + v with v = sqrt(lr) m, but m
-needs no rescaling when the learning rate changes. Stationary variance for curvature h (of C^1/2 H C^1/2):
-T / (N h) / (1 - lr h / (2 (2 - friction))), stable for lr h < 2 (2 - friction). With T = 0 and a constant learning rate it is
+needs no rescaling when the learning rate changes: its variance is T / N times 2 / (2 - friction), whatever lr is. Stationary
+variance for curvature h (of C^1/2 H C^1/2): T / (N h) / (1 - lr h / (2 (2 - friction))), stable for lr h < 2 (2 - friction);
+the last factor is the momentum's too. With T = 0 and a constant learning rate it is
 torch.optim.SGD with momentum 1 - friction; while the rate changes torch rescales its velocity by lr and this by sqrt(lr).
 
 Source: Chen et al. 2014, eq. 15 (arXiv 1402.4102), in the form of Zhang et al. 2020 (arXiv 1902.03932) and Wenzel et al. 2020
@@ -46,10 +47,13 @@ class SGHMC(Sampler):
     def _advance(self) -> None:
         for group in self.param_groups:
             moved = self._moved(group)
+            if not moved:
+                continue
             root, friction = math.sqrt(float(group["lr"])), float(group["friction"])
             spread = math.sqrt(2 * friction * float(group["temperature"]) / self.num_data)
+            variance = float(group["temperature"]) / self.num_data * 2 / (2 - friction)
             for parameter in moved:
-                start_momentum(self.state[parameter], parameter, self._noise, float(group["temperature"]) / self.num_data)
+                start_momentum(self.state[parameter], parameter, self._noise, variance)
             momenta = [local_tensor(self.state[p]["momentum_buffer"]) for p in moved]
             torch._foreach_mul_(momenta, 1 - friction)
             for parameter, momentum in zip(moved, momenta, strict=True):

@@ -12,6 +12,8 @@ times their step size. (The paper this library follows runs it at twice the temp
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -22,10 +24,15 @@ __all__ = ["SGLD"]
 
 
 class SGLD(Sampler):
-    """Stochastic gradient Langevin dynamics; arguments as `Sampler`.
+    """Stochastic gradient Langevin dynamics; arguments as `Sampler`, without friction.
 
     optimizer = SGLD(model.parameters(), lr=1e-3, num_data=len(train_dataset))
     """
+
+    def __init__(self, params: Iterable[Any], lr: float, *, num_data: int, **more: Any) -> None:
+        if "friction" in more:
+            raise TypeError("SGLD has no friction: leave it out, or take SGHMC or BAOA.")
+        super().__init__(params, lr, num_data=num_data, **more)
 
     def _advance(self) -> None:
         for group in self.param_groups:
