@@ -80,8 +80,10 @@ def finetune(
         "sampler": "baoa",
         "learning_rate": options.sampler_learning_rate,
         "temperature": options.temperature,
+        "sampling_schedule": options.schedule,
         "num_cycles": options.cycles,
         "samples_per_cycle": options.samples // options.cycles,
+        "exploration": options.exploration,
     }
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     with tempfile.TemporaryDirectory() as folder:
@@ -171,12 +173,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sampler-learning-rate",
         type=float,
-        default=0.3,
+        default=0.5,
         help="of the sampler, in units in which the prior has variance 1 (default: %(default)s)",
     )
-    parser.add_argument("--temperature", type=float, default=0.01, help="of the posterior (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="posterior samples (default: %(default)s)")
-    parser.add_argument("--cycles", type=int, default=2, help="cycles of the learning rate (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.03, help="of the posterior (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=12, help="posterior samples (default: %(default)s)")
+    parser.add_argument("--schedule", default="constant", choices=["constant", "cyclical"], help="default: %(default)s")
+    parser.add_argument("--cycles", type=int, default=1, help="cycles of a cyclical schedule (default: %(default)s)")
+    parser.add_argument("--exploration", type=float, default=0.4, help="share of steps at temperature 0 (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few images: shows the path, not the result")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -301,6 +301,38 @@ def test_baoa_under_a_stiff_prior_has_the_exact_posterior(friction):
 
 
 @pytest.mark.parametrize("friction", FRICTIONS)
+def test_baoa_with_the_flow_of_the_priors_diagonal_has_the_exact_posterior_too(friction):
+    """The rest of the prior is in the gradient; lr is limited where N(mean, diagonal) is standard normal."""
+    gaussian, root, inverse = stiff_prior(7, low=1e-6)
+    precision, centre = inverse.T @ inverse, joined(gaussian.mean.values())
+    diagonal = joined(gaussian.diagonal_part().marginal_variance().values())
+    rest = diagonal.sqrt()[:, None] * (precision - torch.diag(1 / diagonal)) * diagonal.sqrt()
+    curvatures = torch.linalg.eigvalsh(rest)
+    assert curvatures.min() > -1
+    assert curvatures.max() < 1e-9
+    for share, high, size, temperature in ((0.1, 0.5, 1, 1.0), (0.5, 4.0, 100, 0.25)):
+        data, whitened = informed(gaussian, root, inverse, 0.1 * high, high)
+        hessian = inverse.T @ whitened @ inverse
+        largest = torch.linalg.eigvalsh(diagonal.sqrt()[:, None] * hessian * diagonal.sqrt() + rest / size).max()
+
+        def gradient(theta, data=data, size=size):
+            return data(theta) + precision @ (theta - centre) / size
+
+        def make(parameters, share=share, largest=largest, size=size, temperature=temperature):
+            named = dict(zip(SHAPES, parameters, strict=True))
+            prior = [BoundGaussian(gaussian.diagonal_part(), named, in_gradient=True)]
+            lr = float(4 * share / largest)
+            return BAOA(parameters, lr, num_data=size, temperature=temperature, friction=friction, prior=prior)
+
+        found = Map(make, gradient, rank=0, **around(gaussian, root, inverse))
+        shrunk = torch.linalg.inv(torch.eye(D).double() + size * whitened)
+        assert found.radius < 1
+        assert close(found.covariance()[:D, :D], temperature * shrunk, 1e-6)  # the two priors differ by a factor 1e6
+        assert close(found.mean()[:D], shrunk @ (size * whitened @ TARGET), 1e-6)
+        assert Map(lambda ps, make=make: make(ps, share=1.001), gradient, **around(gaussian, root, inverse)).radius > 1
+
+
+@pytest.mark.parametrize("friction", FRICTIONS)
 def test_baoa_without_data_has_the_priors_law_at_every_learning_rate(friction):
     gaussian, root, inverse = stiff_prior(1)
     for lr in (1e-3, 1.0, 1e3, 1e6):
