@@ -13,7 +13,7 @@ from hub_fixtures import fresh_repo_id
 from huggingface_hub import HfApi
 from PIL import Image
 
-from prior_hub import PriorModel
+from prior_hub import PriorModel, isotropic_prior
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -81,6 +81,33 @@ def test_cifar_resnet20_runs_on_local_folders_and_prints_the_table_of_its_number
     assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 3
 
 
+@pytest.mark.slow
+def test_cifar_posterior_compares_map_and_average_and_prints_the_table_of_its_numbers(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cifar_posterior as example
+
+    torch.manual_seed(0)
+    source = example.ResNet20(10)
+    isotropic_prior(source, variance=1e-4).save_pretrained(tmp_path / "prior")
+    parquet(tmp_path / "target", classes=20, column="coarse_label", rows=64)
+    files = ("--prior", tmp_path / "prior", "--target", tmp_path / "target", "--output", tmp_path / "out")
+    printed = run("cifar_posterior.py", *files, "--quick", folder=tmp_path)
+    rows = json.loads((tmp_path / "out" / "posterior.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(example.METHODS)
+    for row in rows:
+        line = next(line for line in printed.splitlines() if line.startswith(f"| 20 | {row['method']} |"))
+        assert f"| {row['accuracy']:.3f} | {row['nll']:.3f} | {row['ece']:.3f} |" in line
+    average = rows[-1]
+    assert [one["members"] for one in average["by_samples"]] == [1, 2, 3, 4]
+    assert average["by_samples"][-1]["nll"] == average["nll"]
+    assert average["disagreement"] > 0
+    for name in ("reliability.png", "samples.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size[0] > 300
+
+
 def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, tmp_path, monkeypatch):
     if hub.xet:
         pytest.skip("the loopback Hub of this folder serves data sets")
@@ -107,7 +134,7 @@ def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, 
         assert example.learn_prior(options, images).config.source["dataset"] == recorded
 
 
-@pytest.mark.parametrize("script", ["cifar_resnet20.py"])
+@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py"])
 def test_help_teaches(script, tmp_path):
     printed = run(script, "--help", folder=tmp_path)
     assert len(printed.split()) > 150
