@@ -9,8 +9,9 @@ OUTPUT/prior. For each number n of labelled images of CIFAR-100's 20 superclasse
 2. MAP: PriorTrainer, one solution under the learned prior;
 3. average: PriorTrainer(sampler="baoa"), the mean of the predictions of posterior samples, at --temperature.
 
-Each has three candidates for its strength (weight decay, or scale of the prior), chosen by NLL on a fifth of the first seed's n
-images, then all n are fitted again; the test set is used once. All take the same number of steps.
+Each has as many candidates for its strength (weight decay, or scale of the prior), chosen by NLL on a fifth of the first seed's
+n images, then all n are fitted again; the test set is used once. All take the same number of steps. With one candidate each
+(--weight-decays 0.01 --scales 1000) nothing is chosen.
 
 Prints accuracy, NLL and calibration error on the test set, mean and standard deviation over seeds, and paired differences.
 Writes OUTPUT/posterior.json, OUTPUT/reliability.png and OUTPUT/samples.png (what each further sample brings).
@@ -39,7 +40,6 @@ from prior_hub.inference.metrics import accuracy, expected_calibration_error, ne
 from prior_hub.plots import plot_average, plot_reliability
 
 PLAIN, MAP, AVERAGE = METHODS = ("plain fine-tuning", "MAP", "average")
-STRENGTHS = {PLAIN: (1e-3, 1e-2, 3e-2), MAP: (100.0, 1e3, 1e4), AVERAGE: (100.0, 1e3, 1e4)}
 
 
 def batches(images: Images) -> list[dict[str, Tensor]]:
@@ -115,14 +115,16 @@ def scores(members: Tensor, labels: Tensor) -> dict[str, float]:
 def compare(options: argparse.Namespace, prior: PriorModel, pool: Images, test: Images) -> tuple[list[dict[str, Any]], Any]:
     """Rows of all runs, and the test predictions of the last n's first seed by method."""
     rows, kept = [], {}
-    bar = tqdm(total=len(options.n) * len(METHODS) * (3 + len(options.seeds)), desc="fine-tuning")
+    strengths = {PLAIN: options.weight_decays, MAP: options.scales, AVERAGE: options.scales}
+    tuning = sum(len(found) for found in strengths.values() if len(found) > 1)
+    bar = tqdm(total=len(options.n) * (tuning + len(METHODS) * len(options.seeds)), desc="fine-tuning")
     for n in options.n:
         sets = {s: pool.part(torch.randperm(len(pool), generator=torch.Generator().manual_seed(s))[:n]) for s in options.seeds}
         first = sets[options.seeds[0]]
         fit, validation = first.part(torch.arange(n // 5, n)), first.part(torch.arange(n // 5))
         for method in METHODS:
-            tried = {}
-            for strength in STRENGTHS[method]:
+            tried = {strengths[method][0]: 0.0}
+            for strength in strengths[method] if len(strengths[method]) > 1 else ():
                 members = finetune(method, prior, strength, fit, validation, options, options.seeds[0])
                 tried[strength] = scores(members, validation.labels)["nll"]
                 bar.update()
@@ -134,10 +136,18 @@ def compare(options: argparse.Namespace, prior: PriorModel, pool: Images, test: 
                 parts = range(1, len(members) + 1) if method == AVERAGE else ()
                 row["by_samples"] = [scores(members[:k], test.labels) for k in parts]
                 rows.append(row)
+                write(rows, options)
                 if seed == options.seeds[0]:
                     kept[method] = averaged(members)
     bar.close()
     return rows, kept
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """All rows so far, with the settings."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    (options.output / "posterior.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 def summary(values: Sequence[float], digits: int = 3) -> str:
@@ -176,6 +186,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=0.5,
         help="of the sampler, in units in which the prior has variance 1 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--weight-decays", type=float, nargs="+", default=[1e-3, 1e-2, 3e-2], help="of plain fine-tuning (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[100.0, 1e3, 1e4],
+        help="of the prior, MAP and average (default: %(default)s)",
+    )
     parser.add_argument("--temperature", type=float, default=0.03, help="of the posterior (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=12, help="posterior samples (default: %(default)s)")
     parser.add_argument("--schedule", default="constant", choices=["constant", "cyclical"], help="default: %(default)s")
@@ -197,9 +217,6 @@ def main(arguments: list[str] | None = None) -> None:
     pool = load(options.target, "train", limit=limit, augment=True)
     test = load(options.target, "test", limit=limit, augment=False)
     rows, predictions = compare(options, prior, pool, test)
-    options.output.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    (options.output / "posterior.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     shown = {name: (values.exp(), test.labels) for name, values in predictions.items()}
     plot_reliability(shown, options.output / "reliability.png", title=f"CIFAR-100 superclasses, n = {options.n[-1]}")
     by_samples = [
