@@ -339,3 +339,42 @@ def test_a_wrapped_model_writes_the_same_names(tmp_path, model):
     a, b = (list_samples(tmp_path / x)[0].read() for x in "ab")
     assert a.parameters.keys() == b.parameters.keys()
     assert a.buffers.keys() == b.buffers.keys() == batch_norm_buffers(model).keys()
+
+
+def test_names_that_would_count_a_sample_twice_and_what_is_no_file_are_passed_over(model, tmp_path):
+    stored(model, tmp_path, seeds=(1,))
+    path = list_samples(tmp_path)[0].path
+    for name in ("sample-000000010.safetensors", "sample-٠٠٠٠٠٠١٠.safetensors"):
+        (path.parent / name).write_bytes(path.read_bytes())
+    (tmp_path / "chain-00").mkdir()
+    (tmp_path / "chain-00" / path.name).write_bytes(path.read_bytes())
+    (path.parent / "sample-00000020.safetensors").mkdir()
+    (path.parent / "sample-00000030.safetensors").symlink_to(tmp_path / "nowhere")
+    (path.parent / ".sample-x").mkdir()
+    (tmp_path / "chain-1").write_text("a file")
+    assert [s.path for s in list_samples(tmp_path)] == [path]
+    assert remove_samples(tmp_path, chain=0, after=5) == 1
+
+
+def test_members_with_other_tensors_are_refused_instead_of_mixed(model, batches):
+    whole = dict(model.named_parameters())
+    members = [Sample(whole, dict(batch_norm_buffers(model))), Sample(whole, {})]
+    with pytest.raises(PriorMatchError, match="has other tensors than the members before it"):
+        BayesianModelAverage(model, members).predict(batches, progress=False)
+
+
+def test_batches_of_different_length_are_named_as_such(tmp_path):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Linear(1, 3)
+
+        def forward(self, x):
+            return self.w(x)
+
+    model = Tagger()
+    write_sample(tmp_path, model, step=1)
+    average = BayesianModelAverage.from_folder(tmp_path, model)
+    with pytest.raises(PriorHubError, match="pad all batches to one length, or use stream"):
+        average.predict([torch.randn(2, 4, 1), torch.randn(2, 5, 1)], progress=False)
+    assert [p.log_probabilities.shape[1] for _, p in average.stream([torch.randn(2, 4, 1)], progress=False)] == [4]

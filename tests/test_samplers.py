@@ -332,6 +332,24 @@ def test_baoa_with_the_flow_of_the_priors_diagonal_has_the_exact_posterior_too(f
         assert Map(lambda ps, make=make: make(ps, share=1.001), gradient, **around(gaussian, root, inverse)).radius > 1
 
 
+def test_the_step_on_lists_of_tensors_is_the_step_tensor_by_tensor(monkeypatch):
+    gaussian, *_ = stiff_prior(8, low=1e-3)
+    runs = []
+    for plainly in (True, False):
+        parameters = [torch.nn.Parameter(value.clone()) for value in gaussian.mean.values()]
+        bound = BoundGaussian(gaussian.diagonal_part(), dict(zip(SHAPES, parameters, strict=True)), in_gradient=True)
+        optimizer = BAOA(parameters, 0.7, num_data=9, friction=0.3, prior=[bound])
+        assert optimizer._is_plain(bound)
+        for step in range(5):
+            for i, parameter in enumerate(parameters):
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + i))
+            if not plainly:
+                monkeypatch.setattr(optimizer, "_is_plain", lambda bound: False)
+            optimizer.step()
+        runs.append(joined(parameters))
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("friction", FRICTIONS)
 def test_baoa_without_data_has_the_priors_law_at_every_learning_rate(friction):
     gaussian, root, inverse = stiff_prior(1)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
+import shutil
 
 import pytest
 import torch
-from models import dense_covariance, image_data, quiet_arguments, random_prior, text_data, tiny_bert, tiny_resnet, tiny_vit
+from models import (
+    dense_covariance,
+    image_data,
+    quiet_arguments,
+    random_prior,
+    text_data,
+    tiny_bert,
+    tiny_llama,
+    tiny_resnet,
+    tiny_vit,
+)
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from prior_hub import (
     BAOA,
     SGHMC,
     SGLD,
     BayesianModelAverage,
+    PriorArgumentsMixin,
     PriorModel,
     PriorNumericsError,
     PriorPenalty,
@@ -237,10 +250,10 @@ def test_samples_are_written_where_the_schedule_takes_them(tmp_path, sampler):
 def test_each_sample_has_the_batch_norm_statistics_of_its_own_weights(tmp_path):
     from prior_hub import recompute_batch_norm
 
-    trainer = trainer_of(tmp_path, make=tiny_resnet)
+    trainer = trainer_of(tmp_path, make=tiny_resnet, per_device_train_batch_size=26)
     trainer.train()
     own = weights(trainer.model)
-    loader = torch.utils.data.DataLoader(image_data(), batch_size=4, collate_fn=trainer.data_collator)
+    loader = [trainer.data_collator(image_data())]
     for sample in list_samples(trainer.samples_folder):
         tensors = sample.read()
         assert tensors.buffers
@@ -289,20 +302,29 @@ def test_a_second_run_does_not_overwrite_the_samples_of_a_first(tmp_path):
     with pytest.raises(ValueError, match=r"chain-0 has 4 samples of an earlier run\. Pass resume_from_checkpoint .*chain=1"):
         second.train()
     assert len(list_samples(tmp_path / "samples")) == 4
-    first.train()  # its own may be made again
+    with pytest.raises(ValueError, match="samples of an earlier run"):
+        first.train()  # its own neither
     assert len(list_samples(tmp_path / "samples")) == 4
 
 
 def test_chains_differ_in_noise_and_in_the_order_of_the_data(tmp_path):
-    orders = []
+    orders, noises = [], []
 
-    class Order(TrainerCallback):
-        def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            orders.append(args.data_seed)
+    class Recorded(list):
+        def __getitem__(self, index):
+            orders[-1].append(index)
+            return super().__getitem__(index)
 
     for chain in (0, 1):
-        trainer_of(tmp_path, chain=chain, callbacks=[Order()], train_sampling_strategy="random").train()
-    assert orders == [None, 4]
+        settings = arguments(tmp_path, chain=chain, train_sampling_strategy="random")
+        model = tiny_vit()
+        trainer = PriorTrainer(model=model, prior=random_prior(model), args=settings, train_dataset=Recorded(image_data()))
+        orders.append([])
+        trainer.train()
+        noises.append(torch.rand(3))  # dropout and augmentation draw from the global generator
+        assert settings.seed == 3  # the caller's own
+    assert orders[0] != orders[1]
+    assert not torch.equal(*noises)
     found = list_samples(tmp_path / "samples")
     assert [(s.chain, s.step) for s in found] == [(c, s) for c in (0, 1) for s in (4, 6, 10, 12)]
     assert not same(dict(found[0].read().parameters), dict(found[4].read().parameters))
@@ -432,7 +454,9 @@ def test_temperature_and_its_measured_value_are_logged(tmp_path):
     assert all(0.5 < value < 0.6 for value in measured)  # minibatches of 8 of 26 heat a little
 
 
-def test_clipping_acts_in_exploration_only(tmp_path):
+@pytest.mark.parametrize(("sampler", "expected"), [("sghmc", ([True] * 3 + [False] * 3) * 2), ("baoa", [False] * 12)])
+def test_clipping_acts_in_the_exploration_of_the_identity_metric_only(tmp_path, sampler, expected):
+    """At a temperature it would change the law; in the prior's metric it would switch a stiff prior off."""
     clipped = []
 
     class Watch(TrainerCallback):
@@ -440,8 +464,8 @@ def test_clipping_acts_in_exploration_only(tmp_path):
             norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
             clipped.append(float(norm) <= 1.0001e-3)
 
-    trainer_of(tmp_path, max_grad_norm=1e-3, callbacks=[Watch()]).train()
-    assert clipped == ([True] * 3 + [False] * 3) * 2
+    trainer_of(tmp_path, sampler, max_grad_norm=1e-3, callbacks=[Watch()]).train()
+    assert clipped == expected
 
 
 @pytest.mark.parametrize(
@@ -449,6 +473,9 @@ def test_clipping_acts_in_exploration_only(tmp_path):
     [
         ({"weight_decay": 0.1}, r"weight_decay=0.1 beside a sampler would be a second prior"),
         ({"prior_update": "implicit"}, r"prior_update='implicit' is a step for optimizers"),
+        ({"warmup_steps": 3}, r"warmup_steps has no effect on a sampler"),
+        ({"neftune_noise_alpha": 0.1}, r"neftune_noise_alpha changes the likelihood"),
+        ({"metric_for_best_model": "eval_bma_loss"}, r"averages are evaluated after training only"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor changes the likelihood"),
         ({"sampler": "hmc"}, r"sampler is 'hmc', expected one of 'baoa', 'sghmc', 'sgld', or None"),
         ({"sampler": "sgld", "sampler_metric": "full"}, r"sampler_metric='full' is for"),
@@ -538,3 +565,197 @@ def test_isotropic_priors_have_one_metric(tmp_path):
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*runs, rtol=0, atol=1e-5)
     assert isinstance(trainer.args, PriorTrainingArguments)
+
+
+# ------------------------------------------------------------------------------------------- what a reviewer broke, mended
+
+
+def test_a_stiff_prior_holds_in_every_exploration_with_trainers_default_clipping(tmp_path):
+    """Clipping would leave the second exploration at the prior penalty of the samples, P T / 2."""
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = float(trainer.prior_penalty.penalty())
+
+    stiff = random_prior(tiny_vit(), variance=1e-6, shift=0.0)
+    settings = {"max_grad_norm": 1.0, "max_steps": 400, "logging_strategy": "no", "learning_rate": 10.0}
+    trainer = trainer_of(tmp_path, prior=stiff, callbacks=[Watch()], **settings)
+    trainer.train()
+    count = stiff.num_parameters
+    assert seen[200] > 0.2 * count  # a sample of the first cycle
+    assert seen[300] < 0.05 * count  # the end of the second exploration
+
+
+def test_batch_norm_statistics_come_from_random_batches_and_the_same_each_time(tmp_path):
+    trainer = trainer_of(tmp_path, make=tiny_resnet, sample_batch_norm_batches=2)
+    drawn = [torch.cat([batch["pixel_values"] for batch in trainer._batch_norm_batches()]) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert len(drawn[0]) == 16
+    first = torch.stack([row["pixel_values"] for row in image_data()[:16]])
+    assert not torch.equal(drawn[0].sort(0).values, first.sort(0).values)
+
+
+def test_a_stream_is_not_eaten_for_batch_norm_statistics(tmp_path):
+    """The samples then have the statistics of training's own moving average."""
+    rows = iter([row for i in range(4) for row in image_data(seed=i)])
+
+    class Once(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return rows
+
+    seen = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen[state.global_step] = {n: b.clone() for n, b in model.named_buffers()}
+
+    model = tiny_resnet()
+    settings = arguments(tmp_path, prior_num_examples=104)
+    PriorTrainer(model=model, prior=random_prior(model), args=settings, train_dataset=Once(), callbacks=[Keep()]).train()
+    found = list_samples(tmp_path / "samples")
+    assert [s.step for s in found] == [4, 6, 10, 12]
+    assert all(torch.equal(value, seen[s.step][name]) for s in found for name, value in s.read().buffers.items())
+
+
+def test_batch_norm_that_its_user_keeps_in_eval_mode_keeps_its_statistics(tmp_path):
+    model = tiny_resnet()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    frozen = norms[0]
+    frozen.eval()
+    frozen.train = lambda mode=True: frozen
+    before = frozen.running_mean.clone()
+    name = next(n for n, m in model.named_modules() if m is frozen)
+    trainer = trainer_of(tmp_path, model=model, prior_initialize=False)
+    trainer.train()
+    for sample in list_samples(trainer.samples_folder):
+        buffers = sample.read().buffers
+        assert torch.equal(buffers[f"{name}.running_mean"], before)
+        assert sum(key.endswith("running_mean") for key in buffers) == len(norms)
+
+
+def test_samples_follow_the_schedules_clock_where_a_scaler_skips_steps(tmp_path, monkeypatch):
+    """Three steps overflow: the schedule is three steps behind Trainer, and so are the samples, all at temperature 1."""
+    temperatures = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            temperatures.append(float(trainer._sampler().param_groups[0]["temperature"]))
+
+    trainer = trainer_of(tmp_path, callbacks=[Watch()])
+    skipped = iter([True] * 3 + [False] * 100)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda self: next(skipped)))
+    trainer.train()
+    assert temperatures == [0.0] * 6 + [1.0] * 3 + [0.0] * 3
+    found = list_samples(trainer.samples_folder)
+    assert [s.step for s in found] == [4, 6]
+    logs = [entry["temperature"] for entry in trainer.state.log_history if "temperature" in entry]
+    assert logs[6:9] == [1.0] * 3
+
+
+def test_a_checkpoint_without_the_chains_state_is_refused(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=5, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"from a checkpoint without optimizer and scheduler \(save_only_model\)"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 0.5}, {"friction": 0.3}, {"learning_rate": 0.1}])
+def test_a_chain_is_not_resumed_with_other_settings(tmp_path, changed):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=5).train()
+    with pytest.raises(ValueError, match=f"the checkpoint's chain has {next(iter(changed))} .* resume with the same"):
+        trainer_of(tmp_path, **changed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_second_training_takes_the_settings_as_they_are_then(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    shutil.rmtree(trainer.samples_folder)
+    trainer.args.temperature, trainer.args.friction, trainer.args.prior_num_examples = 0.25, 0.5, 1000
+    trainer.train()
+    sampler = trainer._sampler()
+    assert (sampler.num_data, sampler.param_groups[0]["friction"]) == (1000, 0.5)
+    metadata = list_samples(trainer.samples_folder)[-1].metadata()
+    assert (metadata["temperature"], metadata["num_data"], metadata["sampler"]) == ("0.25", "1000", "baoa")
+
+
+def test_evaluations_within_averaging_are_all_of_the_average(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    expected = trainer.evaluate()
+    with trainer.averaging():
+        losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert losses == [expected["eval_bma_loss"]] * 2
+    assert trainer.evaluate()["eval_loss"] == expected["eval_loss"]
+
+
+def test_without_class_probabilities_there_is_a_warning_and_the_single_model(tmp_path):
+    """A language model's labels are shifted; several classes at once are no distribution over classes."""
+    model = tiny_llama()
+    rows = text_data(token_labels=True)
+    trainer = PriorTrainer(
+        model=model, prior=random_prior(model), args=arguments(tmp_path / "a", prior_num_examples=100), train_dataset=rows
+    )
+    trainer.train()
+    with pytest.warns(PriorWarning, match="no average over the samples here.*shifts its labels"):
+        assert "eval_bma_loss" not in trainer.evaluate(rows[:4])
+    model = tiny_vit()
+    model.config.problem_type = "multi_label_classification"
+    several = [{**row, "labels": torch.tensor([1.0, 0.0, 1.0])} for row in image_data()]
+    trainer = PriorTrainer(model=model, prior=random_prior(model), args=arguments(tmp_path / "b"), train_dataset=several)
+    trainer.train()
+    with pytest.warns(PriorWarning, match="labels are not one class each"):
+        metrics = trainer.evaluate(several[:4])
+    assert math.isfinite(metrics["eval_loss"])
+    with pytest.warns(PriorWarning, match="labels are not one class each"):
+        assert trainer.predict(several[:4]).predictions.shape == (4, 3)
+
+
+def test_evaluation_in_bfloat16_knows_the_frozen_weights(tmp_path):
+    model = tiny_vit()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embeddings" not in name)
+    trainer = trainer_of(tmp_path, model=model, bf16_full_eval=True)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_bma_loss"])
+
+
+def test_dropout_and_a_learning_rate_that_is_too_small_are_warned_of(tmp_path):
+    model = tiny_vit(hidden_dropout_prob=0.1)
+    trainer = trainer_of(tmp_path / "a", model=model)
+    with pytest.warns(PriorWarning, match=r"dropout \(up to 0.1\)"):
+        trainer.train()
+    with pytest.warns(PriorWarning, match="learning_rate is transformers' default, 5e-5"):
+        trainer_of(tmp_path / "b", learning_rate=5e-5)
+
+
+def test_samples_of_different_posteriors_are_warned_of(tmp_path):
+    trainer_of(tmp_path).train()
+    trainer_of(tmp_path, chain=1, temperature=0.5).train()
+    with pytest.warns(PriorWarning, match=r"of different posteriors: \{'temperature': \['0.5', '1.0'\]\}"):
+        BayesianModelAverage.from_folder(tmp_path / "samples", tiny_vit())
+
+
+def test_a_class_of_arguments_with_a_temperature_of_its_own_keeps_it(tmp_path):
+    @dataclasses.dataclass
+    class Other(TrainingArguments):
+        temperature: float = 0.9
+        sampler: str = "ddim"
+
+    @dataclasses.dataclass
+    class Both(PriorArgumentsMixin, Other):
+        pass
+
+    args = quiet_arguments(tmp_path, Both)
+    assert args.temperature == 0.9
+    model = tiny_vit()
+    assert PriorTrainer(model=model, prior=random_prior(model), args=args, train_dataset=image_data()).sampling is None
+
+
+def test_many_samples_are_read_one_by_one(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    expected = trainer.evaluate()["eval_bma_loss"]
+    monkeypatch.setattr("prior_hub.finetuning.trainer._KEPT_BYTES", 0)
+    assert trainer.evaluate()["eval_bma_loss"] == expected
+    with trainer.averaging() as average:
+        assert all(hasattr(member, "path") for member in average.members)

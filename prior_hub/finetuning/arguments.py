@@ -10,7 +10,7 @@ from prior_hub.finetuning.proximal import UPDATES
 from prior_hub.finetuning.sampling import METRICS, SAMPLERS
 from prior_hub.inference.schedule import SCHEDULES
 
-__all__ = ["PriorArgumentsMixin", "PriorTrainingArguments"]
+__all__ = ["PriorArgumentsMixin", "PriorTrainingArguments", "SamplingArgumentsMixin"]
 
 
 @dataclass
@@ -22,7 +22,7 @@ class PriorArgumentsMixin:
         prior_scale: scale of the prior's covariance; the stored one when None.
         prior_rank: use only this many deviations; all when None, 0 for a diagonal prior.
         prior_head_variance: variance of the zero-mean prior over parameters the prior does not know; None leaves them to
-            weight_decay.
+            weight_decay, or is 1 with a sampler.
         prior_update: how the prior enters a step: "gradient" (added to the data's gradient), "implicit" (a step of its own
             after the optimizer's, stable at any scale and learning rate, with the same solution), or "auto": implicit where
             a gradient step would overshoot.
@@ -34,21 +34,6 @@ class PriorArgumentsMixin:
         prior_min_coverage: share of the prior's values that must find a place in the model.
         prior_revision: branch, tag or commit of the prior's repository.
         prior_subfolder: folder of the prior in its repository.
-        sampler: None optimises (one MAP solution); "sgld", "sghmc" or "baoa" sample the posterior with learning_rate, write
-            samples to OUTPUT_DIR/samples, and evaluate and predict by their average. "baoa" is the accurate choice, stable
-            for priors of any scale. `optim` and `lr_scheduler_type` have no effect then.
-        temperature: of the posterior, 1 for the posterior itself.
-        friction: of "sghmc" and "baoa", 1 - momentum, in (0, 1].
-        num_cycles: cycles of exploration and sampling.
-        samples_per_cycle: samples taken in each.
-        exploration: share of a cycle that explores at temperature 0.
-        sampling_schedule: "cyclical" (cosine learning rate in each cycle) or "constant" (one exploration, then one chain).
-        sampler_metric: "identity": learning_rate is that of SGD. "diagonal": each weight's learning rate is multiplied by the
-            diagonal of the prior's covariance, so that learning_rate is in units in which the prior has variance 1. "full": by
-            the whole covariance ("baoa" only). "auto": diagonal for "baoa", identity for the others.
-        chain: number of this chain: run again with another number into the same output_dir for several. The noise differs,
-            and so does the order of the data (data_seed = seed + chain unless it is set).
-        sample_batch_norm_batches: batches of training data from which each sample's BatchNorm statistics are worked out.
     """
 
     prior: str | None = field(
@@ -64,7 +49,8 @@ class PriorArgumentsMixin:
     prior_head_variance: float | None = field(
         default=None,
         metadata={
-            "help": "Variance of the zero-mean prior over new parameters (the head). Default: weight_decay acts on them."
+            "help": "Variance of the zero-mean prior over new parameters (the head). Default: weight_decay acts on them "
+            "(with a sampler: 1)."
         },
     )
     prior_update: str = field(
@@ -100,6 +86,31 @@ class PriorArgumentsMixin:
     )
     prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
     prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})
+
+
+@dataclass
+class SamplingArgumentsMixin:
+    """The settings of a posterior sampler, beside `PriorArgumentsMixin`'s; apart, because their names are short.
+
+    Attributes:
+        sampler: None optimises (one MAP solution); "sgld", "sghmc" or "baoa" sample the posterior with learning_rate, write
+            samples to OUTPUT_DIR/samples, and evaluate and predict by their average. "baoa" is the accurate choice, stable
+            for priors of any scale. `optim`, `lr_scheduler_type` and, except in the exploration of an identity metric,
+            `max_grad_norm` have no effect then.
+        temperature: of the posterior, 1 for the posterior itself.
+        friction: of "sghmc" and "baoa", 1 - momentum, in (0, 1].
+        num_cycles: cycles of exploration and sampling.
+        samples_per_cycle: samples taken in each.
+        exploration: share of a cycle that explores at temperature 0.
+        sampling_schedule: "cyclical" (cosine learning rate in each cycle) or "constant" (one exploration, then one chain).
+        sampler_metric: "identity": learning_rate is that of SGD. "diagonal": each weight's learning rate is multiplied by the
+            diagonal of the prior's covariance, so that learning_rate is in units in which the prior has variance 1. "full": by
+            the whole covariance ("baoa" only). "auto": diagonal for "baoa", identity for the others.
+        chain: number of this chain: run again with another number into the same output_dir for several. It trains with
+            seed + chain, so that the order of the data and its augmentation differ as the noise does.
+        sample_batch_norm_batches: batches of training data from which each sample's BatchNorm statistics are worked out.
+    """
+
     sampler: str | None = field(
         default=None,
         metadata={
@@ -139,5 +150,5 @@ class PriorArgumentsMixin:
 
 
 @dataclass
-class PriorTrainingArguments(PriorArgumentsMixin, TrainingArguments):
+class PriorTrainingArguments(PriorArgumentsMixin, SamplingArgumentsMixin, TrainingArguments):
     """`TrainingArguments` with the prior's settings; everything else is as in transformers."""

@@ -1,7 +1,7 @@
 """Sampling the downstream posterior in a training loop: settings, the sampler over a bound prior, and when a sample is taken.
 
 The law that is sampled is exp(-(N NLL + penalty) / temperature). What would falsify it is refused: weight decay (a second
-prior), a prior step of the optimizer's own (the implicit one is no gradient), parameters without a proper prior.
+prior), a prior step of the optimizer's own (the implicit one is no gradient). New parameters without a variance get 1.
 """
 
 from __future__ import annotations

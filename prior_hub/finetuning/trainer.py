@@ -12,6 +12,7 @@ the samples (`eval_loss` and `eval_bma_loss`).
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -22,22 +23,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
+from prior_hub.finetuning.arguments import SamplingArgumentsMixin
 from prior_hub.finetuning.penalty import PriorPenalty
 from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update, highest_rate
 from prior_hub.finetuning.sampling import DEFAULT_HEAD_VARIANCE, Sampling
 from prior_hub.inference.average import BayesianModelAverage, averaged, class_dimension, enlarged, nll_of
 from prior_hub.inference.diagnostics import warn_without_variability
 from prior_hub.inference.sampler import Sampler
-from prior_hub.inference.samples import list_samples, remove_samples, write_sample
+from prior_hub.inference.samples import frozen_digest, list_samples, remove_samples, write_sample
 from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import has_batch_norm, over_ranks, recompute_batch_norm
-from prior_hub.priors.matching import NameMap, raw_names
+from prior_hub.priors.matching import NameMap, raw_names, unwrapped
 
 __all__ = ["PriorTrainer", "PriorTrainerMixin"]
 
@@ -126,9 +129,15 @@ class PriorTrainerMixin(_TrainerBase):
         self._schedule: CyclicalSchedule | None = None
         self._average: BayesianModelAverage | None = None  # while it is evaluated
         self._compared = False  # whether its members' predictions were
-        self._written: set[Path] = set()  # folders of chains that this trainer has written samples to
+        self._written: set[Path] = set()  # folders of chains that this call of train() has written samples to
+        self._frozen: str | None = None  # digest of the parameters that are not trained
         if chosen is not None:
             self.prior = self._load_prior(chosen, getattr(settings, "hub_token", None))
+        if self.sampling is not None and self.sampling.chain:
+            # another order of the data, other augmentation and dropout: chains that share them are not independent
+            own: Any = copy.copy(self.args)
+            own.seed += self.sampling.chain
+            args, kwargs = _with_settings(own, args, kwargs)
         super().__init__(*args, **kwargs)
         if self.prior is None:
             if self.sampling is not None:
@@ -285,6 +294,9 @@ class PriorTrainerMixin(_TrainerBase):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer; the prior leaves the optimizer when training ends, however it ends."""
+        self._written = set()
+        if self._sampler() is not None and self._schedule is not None:
+            self.optimizer = self.lr_scheduler = None  # made anew, from the settings as they are now
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -323,8 +335,10 @@ class PriorTrainerMixin(_TrainerBase):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As Trainer; the prior's implicit step is shortened by as much as the gradient. Not while a posterior is sampled."""
-        if self._is_at_temperature():
-            return None  # the stationary law would be another one
+        if self.sampling is not None and (self.sampling.metric != "identity" or self._is_at_temperature()):
+            # At a temperature the stationary law would be another one. And where the prior's own metric makes a stiff prior
+            # harmless, most of the gradient's norm is the prior's, and clipping would switch the prior off.
+            return None
         norm = super()._clip_grad_norm(model)
         if self._proximal is not None and norm is not None:
             self._proximal.clipped(norm, self.args.max_grad_norm)
@@ -339,9 +353,10 @@ class PriorTrainerMixin(_TrainerBase):
             self._reset_totals()
             sampler = self._sampler()
             if sampler is not None:
-                last = max(0, self.state.global_step - 1)  # the scheduler has gone on already
-                sampling = self._schedule is not None and self._schedule.is_sampling(last)
-                logs["temperature"] = float(sampler.param_groups[0]["initial_temperature"]) if sampling else 0.0
+                last = max(0, self._steps_of_the_chain() - 1)  # the scheduler has gone on already
+                sampling = self._schedule is None or self._schedule.is_sampling(last)
+                group = sampler.param_groups[0]
+                logs["temperature"] = float(group.get("initial_temperature", group["temperature"])) if sampling else 0.0
                 if sampler.effective_temperature() is not None:
                     logs["effective_temperature"] = float(sampler.effective_temperature() or 0.0)
         super().log(logs, *args, **kwargs)
@@ -380,10 +395,9 @@ class PriorTrainerMixin(_TrainerBase):
     @property
     def sampling(self) -> Sampling | None:
         """How the posterior is sampled, as the arguments have it now; None for one MAP solution."""
-        if getattr(self.args, "sampler", None) is None:
+        if not isinstance(self.args, SamplingArgumentsMixin) or self.args.sampler is None:
             return None
-        names = [field for field in Sampling.__dataclass_fields__ if hasattr(self.args, field)]
-        return Sampling(**{name: getattr(self.args, name) for name in names})
+        return Sampling(**{name: getattr(self.args, name) for name in Sampling.__dataclass_fields__})
 
     @property
     def samples_folder(self) -> Path:
@@ -393,6 +407,10 @@ class PriorTrainerMixin(_TrainerBase):
     def _sampler(self) -> Sampler | None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, Sampler) else None
+
+    def _steps_of_the_chain(self) -> int:
+        """Steps that the optimizer has taken; a GradScaler skips some of Trainer's."""
+        return int(self.lr_scheduler.last_epoch)
 
     def _is_at_temperature(self) -> bool:
         sampler = self._sampler()
@@ -413,8 +431,21 @@ class PriorTrainerMixin(_TrainerBase):
             raise ValueError("a sampler is an optimizer with a schedule of its own: pass no other beside sampler=...")
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor changes the likelihood that is sampled: use 0 with a sampler.")
-        if sampling.chain and self.args.data_seed is None:
-            self.args.data_seed = self.args.seed + sampling.chain  # else all chains would see the same minibatches
+        if self.args.warmup_steps:
+            raise ValueError("warmup_steps has no effect on a sampler, whose exploration comes first: use exploration.")
+        if getattr(self.args, "neftune_noise_alpha", None) is not None:
+            raise ValueError("neftune_noise_alpha changes the likelihood that is sampled: leave it out with a sampler.")
+        if "_bma_" in (self.args.metric_for_best_model or ""):
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r}: averages are evaluated after training only."
+            )
+        if sampling.metric != "identity" and self.args.learning_rate == 5e-5:
+            warnings.warn(
+                "learning_rate is transformers' default, 5e-5. In units in which the prior has variance 1, as "
+                f"sampler={sampling.sampler!r} takes it, that is far too small: try 0.01 to 1.",
+                PriorWarning,
+                stacklevel=4,
+            )
 
     def _make_sampler(self, model: nn.Module) -> Sampler:
         assert self.sampling is not None  # noqa: S101
@@ -424,9 +455,7 @@ class PriorTrainerMixin(_TrainerBase):
         body = [p for name, p in pairs if name in self.prior_penalty.match.pairs.values()]
         head = [p for name, p in pairs if name not in self.prior_penalty.match.pairs.values()]
         groups = [{"params": part} for part in (body, head) if part]
-        return self.sampling.make(
-            groups, self.args.learning_rate, num_data=self.prior_penalty.num_examples, seed=self.args.seed
-        )
+        return self.sampling.make(groups, self.args.learning_rate, num_data=self._num_examples(), seed=self.args.seed)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As Trainer; a sampler has its own schedule of learning rate and temperature."""
@@ -445,7 +474,10 @@ class PriorTrainerMixin(_TrainerBase):
         self.prior_update = "flow" if self.sampling.metric == "full" else "gradient"
         if self.sampling.metric == "identity":
             penalty.warn_if_unstable(highest_rate(sampler))
-        chain, step = self.sampling.chain, int(self.state.global_step)
+        chain, step = self.sampling.chain, self._steps_of_the_chain()
+        self._refuse_a_broken_chain(sampler, step)
+        self._warn_of_dropout()
+        self._frozen = frozen_digest(self.model)
         there = list_samples(self.samples_folder, chain=chain)
         if there and step == 0 and there[0].path.parent not in self._written:
             raise ValueError(
@@ -456,24 +488,76 @@ class PriorTrainerMixin(_TrainerBase):
             remove_samples(self.samples_folder, chain=chain, after=step)  # made again, the same
         self.accelerator.wait_for_everyone()
 
-    def _take_sample(self, step: int, cycle: int) -> None:
+    def _refuse_a_broken_chain(self, sampler: Sampler, step: int) -> None:
+        """A resumed chain goes on as it was, or not at all."""
         assert self.sampling is not None  # noqa: S101
+        if self.state.global_step > 0 and step == 0:
+            raise ValueError(
+                f"training resumes at step {self.state.global_step} from a checkpoint without optimizer and scheduler "
+                "(save_only_model), which would begin the chain anew at that step: resume from a whole one, or start anew."
+            )
+        for group in sampler.param_groups if step else ():
+            wanted = {"temperature": ("initial_temperature", self.sampling.temperature)}
+            wanted |= {
+                "learning_rate": ("initial_lr", self.args.learning_rate),
+                "friction": ("friction", self.sampling.friction),
+            }
+            for name, (key, value) in wanted.items():
+                if key in group and float(group[key]) != value:
+                    raise ValueError(
+                        f"the checkpoint's chain has {name} {group[key]}, the arguments {value}: "
+                        "resume with the same, or begin another chain."
+                    )
+
+    def _warn_of_dropout(self) -> None:
+        rates = [getattr(m, "p", getattr(m, "drop_prob", 0.0)) or 0.0 for m in self.model.modules() if _drops(m)]
+        if any(rate > 0 for rate in rates):
+            warnings.warn(
+                f"the model has dropout (up to {max(rates):g}), which adds noise to the gradients and samples another loss "
+                "than the one that is evaluated: set it to 0 with a sampler (hidden_dropout_prob=0.0 and the like).",
+                PriorWarning,
+                stacklevel=3,
+            )
+
+    def _batch_norm_batches(self) -> list[Any] | DataLoader[Any] | None:
+        """Batches of training data for BatchNorm statistics: random, the same each time, this rank's share of them.
+
+        None where a pass would take them from the training itself (a stream), or there is no data set to take them from.
+        """
+        assert self.sampling is not None  # noqa: S101
+        dataset: Any = self.train_dataset
+        if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            return None
+        generator = torch.Generator().manual_seed(self.args.seed)
+        order = torch.randperm(len(dataset), generator=generator).tolist()
+        size = int(self.args.train_batch_size)
+        batches = [order[i : i + size] for i in range(0, len(order), size)][: self.sampling.sample_batch_norm_batches]
+        if len(batches) > 1 and len(batches[-1]) < size:
+            batches.pop()  # all batches count the same
+        world, rank = self.args.world_size, self.args.process_index
+        mine = batches[rank::world] or batches[:1]
+        collate = self.data_collator
+        if hasattr(dataset, "set_format") and hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="BatchNorm")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="BatchNorm")
+        workers = self.args.dataloader_num_workers
+        return DataLoader(dataset, batch_sampler=mine, collate_fn=collate, num_workers=workers)
+
+    def _take_sample(self, step: int, cycle: int) -> None:
         model, sampler = self.model, self._sampler()
+        assert self.sampling is not None  # noqa: S101
+        assert self.prior_penalty is not None  # noqa: S101
+        assert sampler is not None  # noqa: S101
         reshard(model)
         buffers = None
-        if has_batch_norm(model):
+        batches = self._batch_norm_batches() if has_batch_norm(model) else None
+        if batches is not None:
             # a pass over the training data that leaves no trace: neither in the global random state nor in its loader's
             devices = [self.args.device] if self.args.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.args.seed)
-                buffers = over_ranks(
-                    recompute_batch_norm(
-                        model,
-                        self.get_eval_dataloader(self.train_dataset),
-                        max_batches=self.sampling.sample_batch_norm_batches,
-                        progress=False,
-                    )
-                )
+                buffers = over_ranks(recompute_batch_norm(model, batches, progress=False, in_training_mode_only=True))
             reshard(model)
         sample = write_sample(
             self.samples_folder,
@@ -481,21 +565,32 @@ class PriorTrainerMixin(_TrainerBase):
             step=step,
             chain=self.sampling.chain,
             buffers=buffers,
+            frozen=self._frozen,
             cycle=cycle,
-            temperature=self.sampling.temperature,
-            effective_temperature=None if sampler is None else sampler.effective_temperature(),
+            sampler=self.sampling.sampler,
+            learning_rate=sampler.param_groups[0]["lr"],
+            temperature=sampler.param_groups[0]["initial_temperature"],
+            effective_temperature=sampler.effective_temperature(),
+            num_data=sampler.num_data,
+            scale=self.prior_penalty.gaussian.scale,
         )
         self._written.add(sample.path.parent)
 
     def _has_average(self) -> bool:
         """Whether there are samples to average over; not in the middle of training, where each evaluation would be S."""
-        regression = getattr(getattr(self.model, "config", None), "problem_type", None) == "regression"
-        return self.sampling is not None and not self.is_in_train and not regression and bool(list_samples(self.samples_folder))
+        searching = getattr(self, "hp_search_backend", None) is not None  # its objective is the sum of all metrics
+        if self.sampling is None or self.is_in_train or searching or self._average is not None:
+            return False
+        if not list_samples(self.samples_folder):
+            return False
+        if self._frozen is None:
+            self._frozen = frozen_digest(self.model)  # now: evaluation in bfloat16 casts the model for good
+        return True
 
     @contextmanager
     def averaging(self) -> Iterator[BayesianModelAverage]:
         """Within, evaluation and prediction are by the average over the samples; the model has its own weights afterwards."""
-        average = BayesianModelAverage.from_folder(self.samples_folder, self.model)
+        average = BayesianModelAverage.from_folder(self.samples_folder, self.model, frozen=self._frozen)
         if sum(sample.path.stat().st_size for sample in list_samples(self.samples_folder)) <= _KEPT_BYTES:
             average.members = [member.read() for member in average.members]
         with average.own_weights_kept():
@@ -506,34 +601,63 @@ class PriorTrainerMixin(_TrainerBase):
                 self._average = None
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **more: Any,
     ) -> dict[str, float]:
         """As Trainer; where there are samples, the figures of their average stand beside (`eval_bma_loss`, ...)."""
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        has_average = self._has_average()
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **more)
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(datasets, dict) or not self._has_average():  # a dictionary comes here again, one by one
+        if isinstance(datasets, dict) or not has_average:  # a dictionary comes here again, one by one
             return metrics
-        with self.averaging():
-            averaged_metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_bma")
-        return metrics | averaged_metrics
+        try:
+            with self.averaging():
+                own: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_bma", **more)
+        except _NoAverageError as reason:
+            _warn_without_average(reason)
+            return metrics
+        return metrics | own
 
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **more: Any,
+    ) -> Any:
         """As Trainer; where there are samples, predictions are their average's log-probabilities, `test_bma_...` beside."""
-        single = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        if not self._has_average():
+        has_average = self._has_average()
+        single = super().predict(test_dataset, ignore_keys, metric_key_prefix, **more)
+        if not has_average:
             return single
-        with self.averaging():
-            output = super().predict(test_dataset, ignore_keys, f"{metric_key_prefix}_bma")
+        try:
+            with self.averaging():
+                output = super().predict(test_dataset, ignore_keys, f"{metric_key_prefix}_bma", **more)
+        except _NoAverageError as reason:
+            _warn_without_average(reason)
+            return single
         return output._replace(metrics={**single.metrics, **output.metrics})
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **more: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """As Trainer; within `averaging()` the loss is the NLL of the average, and the logits its log-probabilities."""
         average = self._average
         if average is None:
-            step: tuple[Tensor | None, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            step: tuple[Tensor | None, Any, Any]
+            step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **more)
             return step
+        whole: Any = unwrapped(self.model)
+        if hasattr(whole, "can_generate") and whole.can_generate():
+            raise _NoAverageError("a model that generates text shifts its labels against its logits")
         labels: Any = None
         seen: list[Tensor] = []  # a few of each member's predictions, of the first batch
 
@@ -541,8 +665,10 @@ class PriorTrainerMixin(_TrainerBase):
             nonlocal labels
             for member in average.members:
                 average.put(member)
-                _, logits, labels = super(PriorTrainerMixin, self).prediction_step(model, dict(inputs), False, ignore_keys)
+                found = super(PriorTrainerMixin, self).prediction_step(model, dict(inputs), False, ignore_keys, **more)
+                _, logits, labels = found
                 first = logits[0] if isinstance(logits, (tuple, list)) else logits
+                _refuse_other_tasks(first, labels)
                 if not self._compared:
                     seen.append(first[:8].softmax(class_dimension(first)).movedim(class_dimension(first), 1))
                 yield enlarged(first, labels) if isinstance(labels, Tensor) else first
@@ -604,6 +730,44 @@ class PriorTrainerMixin(_TrainerBase):
         )
 
 
+class _NoAverageError(Exception):
+    """Why the predictions of samples cannot be averaged as probabilities."""
+
+
+def _warn_without_average(reason: _NoAverageError) -> None:
+    warnings.warn(
+        f"no average over the samples here, only the single model: {reason}. BayesianModelAverage(..., logits=...) can still "
+        "average what you take from the model's output.",
+        PriorWarning,
+        stacklevel=3,
+    )
+
+
+def _refuse_other_tasks(logits: Any, labels: Any) -> None:
+    """Averages are of class probabilities: one integer label for each of them."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim not in (2, 3, 4):
+        raise _NoAverageError("the model's first output are no logits of classes")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise _NoAverageError("there are several kinds of labels")
+    kept = (logits.shape[0], *logits.shape[2:]) if logits.ndim == 4 else logits.shape[:-1]
+    fits = labels.shape == kept or (logits.ndim == 4 and labels.ndim == 3)
+    if labels.is_floating_point() or not fits:
+        raise _NoAverageError("labels are not one class each (regression, or several classes at once)")
+
+
+def _with_settings(settings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a Trainer with other TrainingArguments."""
+    if len(args) > 1:
+        return (args[0], settings, *args[2:]), kwargs
+    return args, {**kwargs, "args": settings}
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__.endswith("DropPath")
+
+
 class _BindPrior(TrainerCallback):
     """Binds the prior anew when training begins."""
 
@@ -617,17 +781,27 @@ class _BindPrior(TrainerCallback):
 
 
 class _TakeSamples(TrainerCallback):
-    """Takes samples of the posterior when they are due, and measures the temperature just before."""
+    """Takes samples of the posterior when they are due, and measures the temperature where sampling begins."""
 
     def __init__(self, trainer: PriorTrainerMixin) -> None:
         self._trainer = trainer
+        self._done = 0  # steps that were looked at
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del args, state, control, kwargs
+        self._done = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's event."""
-        del args, control, kwargs
-        schedule, sampler, step = self._trainer._schedule, self._trainer._sampler(), state.global_step
+        del args, state, control, kwargs
+        schedule, sampler = self._trainer._schedule, self._trainer._sampler()
         if schedule is None or sampler is None:
             return
+        step = self._trainer._steps_of_the_chain()
+        if step == self._done:  # a GradScaler skipped the step
+            return
+        self._done = step
         if step in schedule.sample_after:
             self._trainer._take_sample(step, schedule.sample_after[step])
         if schedule.begins_to_sample(step):  # where the learning rate is highest, and minibatches heat most

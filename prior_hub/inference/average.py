@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prior_hub.distributed import copy_full_, local_tensor, reshard
-from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNotFoundError
+from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNotFoundError, PriorWarning
 from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics, warn_without_variability
 from prior_hub.inference.samples import Sample, StoredSample, frozen_digest, list_samples
 from prior_hub.model import PriorModel
@@ -74,6 +75,7 @@ class BayesianModelAverage:
         model: any torch module; it keeps its weights, statistics and mode.
         members: the samples.
         logits: (output, batch) -> logits; `default_logits` when None.
+        frozen: what `frozen_digest(model)` gave, where it is known already.
 
     Raises:
         PriorNotFoundError: there is no sample.
@@ -87,13 +89,15 @@ class BayesianModelAverage:
         members: Sequence[Sample | StoredSample],
         *,
         logits: Callable[[Any, Any], Tensor] | None = None,
+        frozen: str | None = None,
     ) -> None:
         if not members:
             raise PriorNotFoundError("there is no sample to average over.")
         self.model = model
         self.members = list(members)
         self.logits = logits or default_logits
-        self._frozen: str | None = None
+        self._frozen = frozen
+        self._names: frozenset[str] | None = None  # of the tensors in a sample
 
     @classmethod
     def from_folder(
@@ -103,6 +107,7 @@ class BayesianModelAverage:
         *,
         chain: int | None = None,
         logits: Callable[[Any, Any], Tensor] | None = None,
+        frozen: str | None = None,
     ) -> BayesianModelAverage:
         """The average over the samples that `PriorTrainer` (or `write_sample`) wrote.
 
@@ -111,6 +116,7 @@ class BayesianModelAverage:
             model: a model of the same architecture.
             chain: only this chain; all of them when None.
             logits: as for the class.
+            frozen: as for the class.
 
         Raises:
             PriorNotFoundError: there is none.
@@ -118,7 +124,18 @@ class BayesianModelAverage:
         found = list_samples(folder, chain=chain)
         if not found:
             raise PriorNotFoundError(f"{folder} holds no sample (chain-0/sample-00000001.safetensors, ...).")
-        return cls(model, found, logits=logits)
+        laws: dict[str, set[str]] = {}
+        for metadata in (sample.metadata() for sample in found):
+            for name in ("sampler", "temperature", "scale", "num_data"):
+                laws.setdefault(name, set()).add(str(metadata.get(name)))
+        if differing := {name: sorted(values) for name, values in laws.items() if len(values) > 1}:
+            warnings.warn(
+                f"the samples in {folder} are of different posteriors: {differing}. Their average is of none of them; choose "
+                "one chain, or keep them in different folders.",
+                PriorWarning,
+                stacklevel=2,
+            )
+        return cls(model, found, logits=logits, frozen=frozen)
 
     @classmethod
     def from_prior(
@@ -204,7 +221,12 @@ class BayesianModelAverage:
         ]
         if not parts:
             raise PriorHubError("the data loader gave no batch to predict.")
-        return AveragedPrediction(torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]), len(self))
+        try:
+            return AveragedPrediction(torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]), len(self))
+        except RuntimeError as error:
+            raise PriorHubError(
+                f"the batches' predictions have different shapes ({error}): pad all batches to one length, or use stream()."
+            ) from error
 
     def function_values(self, dataloader: Iterable[Any], *, progress: bool = True) -> Tensor:
         """Each member's log-probabilities on all batches, (S, B, C), on the CPU: for diagnostics, on a few hundred inputs."""
@@ -231,7 +253,7 @@ class BayesianModelAverage:
         """
         values = self.function_values(dataloader, progress=progress)
         if len(self) > 1:
-            warn_without_variability(values.exp())
+            warn_without_variability(values.exp().movedim(class_dimension(values[0]) % (values.ndim - 1) + 1, 2))
         chains: dict[int, list[int]] = {}
         for index, member in enumerate(self.members):
             chains.setdefault(member.chain if isinstance(member, StoredSample) else 0, []).append(index)
@@ -281,6 +303,13 @@ class BayesianModelAverage:
             raise PriorMatchError(
                 f"{where} was taken beside other frozen weights than this model has: load the model it was trained from."
             )
+        if self._names is not None and self._names != values.keys():
+            differing = sorted(self._names ^ values.keys())
+            raise PriorMatchError(
+                f"{where} has other tensors than the members before it ({differing[0]!r} and {len(differing) - 1} more), and "
+                "would be mixed with theirs."
+            )
+        self._names = frozenset(values)
         for name, value in values.items():
             copy_full_(targets[name], value)
 

@@ -94,6 +94,7 @@ class BAOA(Sampler):
         **more: Any,
     ) -> None:
         self._prior: list[BoundGaussian] = []
+        self._diagonals: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # of diagonal Gaussians, by id
         self._under_prior: set[int] = set()
         super().__init__(params, lr, num_data=num_data, friction=friction, **more)
         self.attach(prior)
@@ -118,7 +119,7 @@ class BAOA(Sampler):
                 if id(parameter) in seen or parameter in self._precondition:
                     raise ValueError(f"{name!r} has two priors, or a prior (which is its metric) and a preconditioner.")
                 seen.add(id(parameter))
-        self._prior, self._under_prior = list(prior), seen
+        self._prior, self._under_prior, self._diagonals = list(prior), seen, {}
 
     def _moved(self, group: dict[str, Any]) -> list[Tensor]:
         for parameter in group["params"]:
@@ -160,6 +161,9 @@ class BAOA(Sampler):
                 if start:
                     local_tensor(momentum).copy_(start[name] * math.sqrt(variance))
                 self.state[parameters[name]]["momentum_buffer"] = momentum
+        if self._is_plain(bound):
+            self._advance_plainly(bound, rate, friction, variance)
+            return
         gradients = {name: local_tensor(p.grad) for name, p in parameters.items() if p.grad is not None}
         kick = gaussian.covariance_product(gradients)
         momenta = {name: local_tensor(self.state[p]["momentum_buffer"]) for name, p in parameters.items()}
@@ -177,6 +181,42 @@ class BAOA(Sampler):
             if noise:
                 momentum.add_(noise.pop(name).to(momentum.dtype), alpha=math.sqrt((1 - (1 - friction) ** 2) * variance))
         self._rotate(gaussian, weights, momenta, half_angle)
+
+    def _is_plain(self, bound: BoundGaussian) -> bool:
+        """A diagonal Gaussian over tensors of one type, for which few operations on all of them together are enough."""
+        tensors = [local_tensor(t) for p in bound.parameters.values() for t in (p, p.grad) if t is not None]
+        kinds = {(t.dtype, t.device) for t in (*tensors, *bound.gaussian.mean.values())}
+        return bound.gaussian.rank == 0 and len(kinds) == 1 and tensors[0].dtype in (torch.float32, torch.float64)
+
+    def _advance_plainly(self, bound: BoundGaussian, rate: float, friction: float, variance: float) -> None:
+        """The same step on lists of tensors."""
+        if id(bound) not in self._diagonals:
+            diagonal = list(bound.gaussian.marginal_variance().values())
+            self._diagonals[id(bound)] = (diagonal, list(torch._foreach_sqrt(diagonal)))
+        diagonal, roots = self._diagonals[id(bound)]
+        parameters = [bound.parameters[name] for name in bound.gaussian.names]
+        weights, means = [local_tensor(p) for p in parameters], list(bound.gaussian.mean.values())
+        momenta = [local_tensor(self.state[p]["momentum_buffer"]) for p in parameters]
+        kick = torch._foreach_mul([local_tensor(p.grad) for p in parameters if p.grad is not None], diagonal)
+        if bound.in_gradient:
+            torch._foreach_add_(kick, torch._foreach_sub(weights, means), alpha=-1 / self.num_data)
+        torch._foreach_add_(momenta, kick, alpha=-math.sqrt(rate))
+        del kick
+        angle = math.atan(0.5 * math.sqrt(rate / self.num_data))
+        cosine, sine, root = math.cos(angle), math.sin(angle), math.sqrt(self.num_data)
+        for half in (0, 1):
+            away = torch._foreach_sub(weights, means)
+            torch._foreach_add_(weights, momenta, alpha=sine * root)
+            torch._foreach_add_(weights, away, alpha=-2 * math.sin(angle / 2) ** 2)
+            torch._foreach_mul_(momenta, cosine)
+            torch._foreach_add_(momenta, away, alpha=-sine / root)
+            if half:
+                return
+            torch._foreach_mul_(momenta, 1 - friction)
+            if variance:
+                noise = [self._noise.like(p) for p in parameters]
+                torch._foreach_mul_(noise, roots)
+                torch._foreach_add_(momenta, noise, alpha=math.sqrt((1 - (1 - friction) ** 2) * variance))
 
     def _rotate(self, gaussian: LowRankGaussian, weights: dict[str, Tensor], momenta: dict[str, Tensor], angle: float) -> None:
         cosine, sine, root = math.cos(angle), math.sin(angle), math.sqrt(self.num_data)

@@ -158,7 +158,7 @@ class Sampler(torch.optim.Optimizer):
         self._measuring, self._measured = {}, None
 
     def effective_temperature(self) -> float | None:
-        """The temperature that the last measurement found, the mean over all weights; None if there is none.
+        """The temperature that the last measurement found: the mean over the weights of the warmest group; None without one.
 
         It is at least the chain's own, and well above it where minibatches add more noise than the sampler does: then take
         a larger batch or a smaller learning rate.
@@ -177,8 +177,9 @@ class Sampler(torch.optim.Optimizer):
             }
             return
         before, self._measuring = self._measuring, None
-        heat, own, count, sharded = 0.0, 0.0, 0.0, False
+        found, sharded = [], False
         for group in self.param_groups:
+            heat = own = count = 0.0
             moved = [p for p in self._moved(group) if p.grad is not None and id(p) in before]
             difference = {p: local_tensor(p.grad) - before[id(p)] for p in moved if p.grad is not None}
             for parameter, product in self._metric_product(difference).items():
@@ -188,11 +189,13 @@ class Sampler(torch.optim.Optimizer):
                 heat += weight * 0.5 * square * self.num_data * self._heating(group)
                 own += weight * product.numel() * float(group["temperature"])
                 count += weight * product.numel()
-        sums = torch.tensor([heat, own, count], dtype=torch.float64)
+            found.append([heat + own, count])
+        sums = torch.tensor(found, dtype=torch.float64)
         if sharded:
             device = local_tensor(self.param_groups[0]["params"][0]).device
             sums = sum_over_ranks(sums.to(device=device, dtype=torch.float32)).double().cpu()
-        self._measured = float((sums[0] + sums[1]) / sums[2]) if sums[2] > 0 else None
+        sums = sums[sums[:, 1] > 0]
+        self._measured = float((sums[:, 0] / sums[:, 1]).max()) if len(sums) else None
 
     def _metric_product(self, vectors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """C v, where lr C is what multiplies a gradient."""

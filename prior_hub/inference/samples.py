@@ -2,7 +2,8 @@
 
 keys     parameter.<name>  (*shape)      every parameter that is trained, by its canonical name
          buffer.<name>     (*shape)      BatchNorm statistics that go with them
-metadata prior_hub, step, chain, cycle, temperature, learning_rate; frozen: the sha256 of the parameters that are not trained
+metadata prior_hub, step, chain; frozen: the sha256 of the parameters that are not trained; from PriorTrainer also sampler,
+         temperature, effective_temperature, learning_rate, scale, num_data and cycle
 
 Frozen parameters are the same in every sample and are not stored; a model with others is refused by that hash.
 """
@@ -32,8 +33,8 @@ from prior_hub.priors.storage import open_tensors, save_tensors, sync
 
 __all__ = ["Sample", "StoredSample", "frozen_digest", "list_samples", "remove_samples", "write_sample"]
 
-_NAME = re.compile(r"sample-(\d{8,})\.safetensors")
-_CHAIN = re.compile(r"chain-(\d+)")
+_NAME = re.compile(r"sample-([0-9]{8,})\.safetensors")
+_CHAIN = re.compile(r"chain-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class StoredSample:
         return Sample(parameters, buffers, metadata.get("frozen", ""))
 
     def metadata(self) -> dict[str, Any]:
-        """What was written beside: cycle, temperature, learning_rate, version."""
+        """What was written beside: sampler, temperature, learning_rate, scale, num_data, cycle, version."""
         with open_tensors(self.path) as handle:
             found: dict[str, Any] = handle.metadata() or {}
         return found
@@ -129,7 +130,7 @@ def write_sample(
     tensors |= {f"buffer.{n}": _whole(b) for n, b in statistics.items()}
     _check_finite(tensors, f"the chain at step {step}")
     digest = frozen_digest(model) if frozen is None else frozen
-    sample = StoredSample(Path(folder) / f"chain-{chain}" / f"sample-{step:08d}.safetensors", chain, step)
+    sample = StoredSample(_place(Path(folder), chain, step), chain, step)
     if not dist.is_initialized() or dist.get_rank() == 0:
         sample.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = sample.path.with_name(f".{sample.path.name}-{secrets.token_hex(4)}")
@@ -154,10 +155,12 @@ def list_samples(folder: str | os.PathLike[str], *, chain: int | None = None) ->
     found = []
     for sub in Path(folder).glob("chain-*"):
         number = _CHAIN.fullmatch(sub.name)
-        if number is None or (chain is not None and int(number[1]) != chain):
+        if number is None or not sub.is_dir() or (chain is not None and int(number[1]) != chain):
             continue
         for path in sub.iterdir():
-            if (step := _NAME.fullmatch(path.name)) is not None:
+            step = _NAME.fullmatch(path.name)
+            # only under its own name: 9 digits where 8 do would count a sample twice
+            if step is not None and path.is_file() and path == _place(Path(folder), int(number[1]), int(step[1])):
                 found.append(StoredSample(path, int(number[1]), int(step[1])))
     return sorted(found, key=lambda s: (s.chain, s.step))
 
@@ -168,7 +171,8 @@ def remove_samples(folder: str | os.PathLike[str], *, chain: int, after: int) ->
     for sample in later:
         sample.path.unlink()
     for path in (Path(folder) / f"chain-{chain}").glob(".sample-*"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
     return len(later)
 
 
@@ -183,6 +187,10 @@ def frozen_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(whole.shape)} {whole.dtype}".encode())
         digest.update(whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _place(folder: Path, chain: int, step: int) -> Path:
+    return folder / f"chain-{chain}" / f"sample-{step:08d}.safetensors"
 
 
 def _whole(tensor: Tensor) -> Tensor:

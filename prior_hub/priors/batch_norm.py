@@ -46,6 +46,7 @@ def recompute_batch_norm(
     parameters: Mapping[str, Tensor] | None = None,
     max_batches: int | None = None,
     progress: bool = True,
+    in_training_mode_only: bool = False,
 ) -> dict[str, Tensor]:
     """Running statistics of `model` at other weights, as equal-weight averages over batches.
 
@@ -58,6 +59,7 @@ def recompute_batch_norm(
             model's own when None. Parameters not named stay as they are.
         max_batches: stop after so many batches; all when None (of a data loader without a length, which may never end, 1000).
         progress: show a progress bar.
+        in_training_mode_only: leave alone the BatchNorm modules that are in eval mode, which their user has frozen.
 
     Returns:
         Canonical name -> buffer; empty for a model without running statistics.
@@ -65,9 +67,10 @@ def recompute_batch_norm(
     Raises:
         PriorHubError: the data loader gave no batch.
     """
-    modules = _normalisation_modules(model)
+    modules = [m for m in _normalisation_modules(model) if m.training or not in_training_mode_only]
     if not modules:
-        return {}
+        kept = batch_norm_buffers(model) if in_training_mode_only else {}
+        return {name: buffer.detach().clone() for name, buffer in kept.items()}
     own = canonical_parameters(model)
     saved = {name: local_tensor(own[name]).detach().clone() for name in parameters or {}}
     buffers = batch_norm_buffers(model)
