@@ -25,25 +25,31 @@ from prior_hub.errors import (
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ChainDiagnostics": "prior_hub.inference.diagnostics",
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
     "PriorConfig": "prior_hub.priors.config",
     "PriorModel": "prior_hub.model",
     "PriorPenalty": "prior_hub.finetuning.penalty",
-    "ProximalStep": "prior_hub.finetuning.proximal",
     "PriorTrainer": "prior_hub.finetuning.trainer",
     "PriorTrainerMixin": "prior_hub.finetuning.trainer",
     "PriorTrainingArguments": "prior_hub.finetuning.arguments",
+    "ProximalStep": "prior_hub.finetuning.proximal",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
+    "TemperatureScaling": "prior_hub.inference.metrics",
+    "chain_diagnostics": "prior_hub.inference.diagnostics",
+    "classification_metrics": "prior_hub.inference.metrics",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
+    "segmentation_metrics": "prior_hub.inference.metrics",
 }
 
 __all__ = [
+    "ChainDiagnostics",
     "LowRankGaussian",
     "Match",
     "PriorAccessError",
@@ -64,11 +70,15 @@ __all__ = [
     "ProximalStep",
     "SwagCallback",
     "SwagEstimator",
+    "TemperatureScaling",
     "__version__",
+    "chain_diagnostics",
+    "classification_metrics",
     "isotropic_prior",
     "match_parameters",
     "push_prior_to_hub",
     "recompute_batch_norm",
+    "segmentation_metrics",
 ]
 
 if TYPE_CHECKING:
@@ -76,6 +86,8 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
+    from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics
+    from prior_hub.inference.metrics import TemperatureScaling, classification_metrics, segmentation_metrics
     from prior_hub.learning.callback import SwagCallback
     from prior_hub.learning.isotropic import isotropic_prior
     from prior_hub.learning.swag import SwagEstimator

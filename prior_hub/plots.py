@@ -1,4 +1,4 @@
-"""Pictures: methods against the number of training examples, and a prior at a glance. The one place with matplotlib.
+"""Pictures: methods compared, a prior at a glance, calibration, chains, segmentations. The one place with matplotlib.
 
 Figures are made without pyplot, so that neither a display nor a global state is needed, and are written as files whose
 ending names the format (.png, .pdf, .svg).
@@ -6,6 +6,7 @@ ending names the format (.png, .pdf, .svg).
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 import math
 import os
@@ -15,10 +16,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from prior_hub.inference.metrics import ReliabilityBins, reliability_bins
 from prior_hub.model import PriorModel
 
-__all__ = ["plot_comparison", "plot_prior"]
+__all__ = ["plot_average", "plot_comparison", "plot_prior", "plot_reliability", "plot_segmentation", "plot_trace"]
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line styles and markers tell the same on paper.
 _STYLES = (
@@ -30,6 +33,9 @@ _STYLES = (
     ("#56B4E9", "P", (0, (1, 1))),
 )
 _GREY = "#666666"
+_CLASSES = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#000000")  # Okabe and Ito's
+_IGNORED = (0.87, 0.87, 0.87)
+_MOST_PANELS = 8
 
 
 def plot_comparison(
@@ -59,34 +65,9 @@ def plot_comparison(
     numbers = sorted({int(row["n"]) for row in rows})
     figure = _figure(9.6, 4.2)
     panels = figure.subplots(1, 2)
-    for index, method in enumerate(methods):
-        colour, marker, line = _STYLES[index % len(_STYLES)]
-        sideways = 1.03 ** (index - (len(methods) - 1) / 2)  # error bars side by side
-        known = [n for n in numbers if any(row["method"] == method and row["n"] == n for row in rows)]
-        for panel, key, unit in ((panels[0], "accuracy", 100.0), (panels[1], "nll", 1.0)):
-            groups = [[unit * float(r[key]) for r in rows if r["method"] == method and r["n"] == n] for n in known]
-            panel.errorbar(
-                [n * sideways for n in known],
-                [fmean(group) for group in groups],
-                [stdev(group) if len(group) > 1 else 0.0 for group in groups],
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=6,
-                linewidth=1.6,
-                elinewidth=1.1,
-                capsize=3,
-                label=method,
-            )
-            dots = [(n * sideways, value) for n, group in zip(known, groups, strict=True) for value in group]
-            panel.plot(*zip(*dots, strict=True), color=colour, marker=".", markersize=4, linestyle="none", alpha=0.5)
+    _accuracy_and_nll(panels, rows, methods, "n", numbers)
     guess = "" if chance is None else f", chance {100 * chance:.3g} %"
     for panel, label in ((panels[0], f"test accuracy [%{guess}]"), (panels[1], "test NLL [nats per example]")):
-        _tidy(panel)
-        if len(numbers) > 1:
-            panel.set_xscale("log")
-        panel.set_xticks(numbers, labels=[f"{n:,}" for n in numbers])
-        panel.set_xticks([], minor=True)
         panel.set_xlabel("training examples of the target task, n")
         panel.set_ylabel(label)
     panels[1].set_ylim(bottom=0)
@@ -144,7 +125,308 @@ def plot_prior(prior: PriorModel, path: str | os.PathLike[str]) -> Path:
     return _save(figure, path)
 
 
+def plot_reliability(
+    methods: Mapping[str, ReliabilityBins | tuple[Tensor, Tensor]],
+    path: str | os.PathLike[str],
+    *,
+    bins: int = 15,
+    title: str = "",
+) -> Path:
+    """Reliability diagram: accuracy against confidence, one line per method, and how many examples have which confidence.
+
+    A calibrated model is on the diagonal, an overconfident one below it. Bins that hold less than one example in a thousand
+    are drawn hollow: their accuracy is chance. The legend gives each method's calibration error over the bins drawn.
+
+    Args:
+        methods: by name, a `ReliabilityBins`, or (probabilities, labels) of which one is made.
+        path: file to write.
+        bins: number of bins of equal width, where they are made here.
+        title: heading.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there are no methods; as `reliability_bins`.
+    """
+    if not methods:
+        raise ValueError("no methods to plot.")
+    figure = _figure(5.2, 5.8)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+    lowest = 1.0
+    for index, (name, given) in enumerate(methods.items()):
+        found = given if isinstance(given, ReliabilityBins) else reliability_bins(*given, bins=bins)
+        total = sum(found.count)
+        colour, marker, line = _STYLES[index % len(_STYLES)]
+        full = [b for b, n in enumerate(found.count) if n]
+        x, y = [found.confidence[b] for b in full], [found.accuracy[b] for b in full]
+        lowest = min([lowest, *x])
+        few = [i for i, b in enumerate(full) if found.count[b] < 1e-3 * total]
+        label = f"{name}: ECE {100 * found.expected_calibration_error:.1f} %"
+        top.plot(x, y, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.5, label=label)
+        top.plot(
+            [x[i] for i in few], [y[i] for i in few], color=colour, marker=marker, linestyle="none", mfc="white", markersize=5
+        )
+        shares = [100 * n / total if total else 0.0 for n in found.count]
+        below.stairs(shares, found.edges, color=colour, linestyle=line, linewidth=1.4)
+    left = math.floor(10 * lowest) / 10
+    top.set_xlim(left, 1.005)
+    top.set_ylim(-0.01, 1.01)
+    top.set_ylabel("accuracy")
+    top.legend(loc="upper left", frameon=False, fontsize=9)
+    below.set_ylim(bottom=0)
+    below.set_xlabel("confidence (largest probability)")
+    below.set_ylabel("examples in bin [%]")
+    for panel in (top, below):
+        _tidy(panel)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def plot_average(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> Path:
+    """Test accuracy and NLL against the number of posterior samples averaged: when do more no longer help?
+
+    Args:
+        rows: one per average, with the keys "samples" (how many), "accuracy" (a share), "nll" (nats per example) and, for
+            several lines, "method". Several rows of one method and number are drawn as their mean and standard deviation.
+        path: file to write.
+        title: heading.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to plot.")
+    named = [{"method": "posterior average", **row} for row in rows]
+    methods = list(dict.fromkeys(row["method"] for row in named))
+    figure = _figure(9.6, 4.2)
+    panels = figure.subplots(1, 2)
+    _accuracy_and_nll(panels, named, methods, "samples", sorted({int(row["samples"]) for row in named}))
+    for panel, label in zip(panels, ("test accuracy [%]", "test NLL [nats per example]"), strict=True):
+        panel.set_xlabel("posterior samples averaged")
+        panel.set_ylabel(label)
+    if len(methods) > 1:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
+    most = max(sum(1 for r in named if (r["method"], r["samples"]) == (row["method"], row["samples"])) for row in named)
+    note = f" (mean of {most} runs, bars: one standard deviation, dots: runs)" if most > 1 else ""
+    figure.suptitle((title + note).strip(), fontsize=11)
+    return _save(figure, path)
+
+
+def plot_trace(
+    values: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    log_posterior: Tensor | None = None,
+    nll: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    title: str = "",
+) -> Path:
+    """Function values against draws, one line per chain: chains that mix lie over each other and go nowhere.
+
+    Args:
+        values: (chains, draws, functions), or (chains, draws) of one; at most 8 functions are drawn.
+        path: file to write.
+        log_posterior: (chains, draws) in nats, drawn above them.
+        nll: (chains, draws) in nats, drawn above them.
+        names: of the functions.
+        title: heading.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: shapes do not fit.
+    """
+    values = values.unsqueeze(2) if values.ndim == 2 else values
+    if values.ndim != 3 or not values.numel():
+        raise ValueError(f"values have shape {tuple(values.shape)}, expected (chains, draws, functions).")
+    chains, draws, functions = values.shape
+    names = [f"function {i}" for i in range(functions)] if names is None else list(names)
+    if len(names) != functions:
+        raise ValueError(f"there are {len(names)} names for {functions} functions.")
+    above = [(label, t) for label, t in (("log posterior [nats]", log_posterior), ("NLL [nats]", nll)) if t is not None]
+    for label, tensor in above:
+        if tensor.shape != (chains, draws):
+            raise ValueError(f"{label} has shape {tuple(tensor.shape)}, expected {(chains, draws)}.")
+    lines = [*above, *((name, values[:, :, i]) for i, name in enumerate(names[:_MOST_PANELS]))]
+    figure = _figure(8.0, 0.9 + 1.35 * len(lines))
+    panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (label, tensor) in zip(panels, lines, strict=True):
+        for chain, series in enumerate(tensor.detach().cpu().double().tolist()):
+            colour, _, _ = _STYLES[chain % len(_STYLES)]
+            panel.plot(range(1, draws + 1), series, color=colour, linewidth=0.9, alpha=0.85, label=f"chain {chain + 1}")
+        panel.set_title(label, fontsize=9, loc="left")
+        panel.tick_params(labelsize=8)
+        panel.ticklabel_format(axis="y", useOffset=False)
+        panel.margins(x=0.01)
+        _tidy(panel)
+    panels[-1].set_xlabel("draw")
+    if chains > 1:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(chains, 6), frameon=False, fontsize=9)
+    left_out = f" (the first {_MOST_PANELS} of {functions} functions)" if functions > _MOST_PANELS else ""
+    figure.suptitle((title + left_out).strip(), fontsize=11)
+    return _save(figure, path)
+
+
+def plot_segmentation(
+    images: Tensor,
+    labels: Tensor,
+    predictions: Tensor,
+    entropy: Tensor,
+    mutual_information: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    ignore_index: int = 255,
+    title: str = "",
+) -> Path:
+    """A grid of pictures, a row per example: image, true classes, predicted ones, entropy, mutual information.
+
+    Classes have the same colours everywhere, and all pictures of one kind of uncertainty the same scale. Pixels that do not
+    count are light grey.
+
+    Args:
+        images: (B, 3, H, W) or (B, 1, H, W); normalised ones are stretched to black and white, each by itself.
+        labels: (B, H, W) integers.
+        predictions: (B, H, W) integers.
+        entropy: predictive entropy, (B, H, W), in nats.
+        mutual_information: (B, H, W), in nats.
+        path: file to write.
+        class_names: by class; those that occur are named below.
+        ignore_index: label of the pixels that do not count (-100 never does).
+        title: heading.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: shapes do not fit.
+    """
+    shape = (images.shape[0], *images.shape[2:])
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W) or (B, 1, H, W).")
+    maps = {"labels": labels, "predictions": predictions, "entropy": entropy, "mutual_information": mutual_information}
+    for name, tensor in maps.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}.")
+    rows, height, width = shape
+    known = labels[(labels != ignore_index) & (labels >= 0)]
+    occurring = sorted({*torch.unique(known).tolist(), *torch.unique(predictions).tolist()})
+    side = 1.9
+    note = 0.0 if class_names is None else 0.3 * math.ceil(len(occurring) / 6)
+    figure = _figure(5 * side + 0.4, rows * (side * height / width + 0.05) + 0.75 + note + (0.25 if title else 0.0))
+    panels = figure.subplots(rows + 1, 5, squeeze=False, height_ratios=[*[side * height / width] * rows, 0.1])
+    heads = ("image", "true", "predicted", "predictive entropy [nats]", "mutual information [nats]")
+    for panel, head in zip(panels[0], heads, strict=True):
+        panel.set_title(head, fontsize=9)
+    for panel in panels[rows, :3]:
+        panel.set_axis_off()
+    for row, line in enumerate(panels[:rows]):
+        line[0].imshow(_picture(images[row]).tolist())
+        line[1].imshow(_coloured(labels[row], ignore_index).tolist(), interpolation="nearest")
+        line[2].imshow(_coloured(predictions[row], ignore_index).tolist(), interpolation="nearest")
+        for panel in line:
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+    for column, tensor in ((3, entropy), (4, mutual_information)):
+        most = max(float(tensor.max()), 1e-6)
+        for row in range(rows):
+            shown = panels[row, column].imshow(tensor[row].detach().cpu().double().tolist(), cmap="magma", vmin=0, vmax=most)
+        bar = figure.colorbar(shown, cax=panels[rows, column], orientation="horizontal")
+        bar.ax.tick_params(labelsize=7)
+        bar.outline.set_visible(False)
+    if class_names is not None:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(facecolor=_class_colour(c), label=class_names[c]) for c in occurring]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------------------ internals
+
+
+def _accuracy_and_nll(
+    panels: Any, rows: Sequence[Mapping[str, Any]], methods: Sequence[str], key: str, numbers: Sequence[int]
+) -> None:
+    """Accuracy on the left panel and NLL on the right against `row[key]`: mean, standard deviation and rows of each method."""
+    for index, method in enumerate(methods):
+        colour, marker, line = _STYLES[index % len(_STYLES)]
+        sideways = 1.03 ** (index - (len(methods) - 1) / 2)  # error bars side by side
+        known = [n for n in numbers if any(row["method"] == method and row[key] == n for row in rows)]
+        for panel, what, unit in ((panels[0], "accuracy", 100.0), (panels[1], "nll", 1.0)):
+            groups = [[unit * float(r[what]) for r in rows if r["method"] == method and r[key] == n] for n in known]
+            panel.errorbar(
+                [n * sideways for n in known],
+                [fmean(group) for group in groups],
+                [stdev(group) if len(group) > 1 else 0.0 for group in groups],
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=6,
+                linewidth=1.6,
+                elinewidth=1.1,
+                capsize=3,
+                label=method,
+            )
+            dots = [(n * sideways, value) for n, group in zip(known, groups, strict=True) for value in group]
+            panel.plot(*zip(*dots, strict=True), color=colour, marker=".", markersize=4, linestyle="none", alpha=0.5)
+    for panel in panels:
+        _tidy(panel)
+        if len(numbers) > 1:
+            panel.set_xscale("log")
+        ticks = _apart(numbers)
+        panel.set_xticks(ticks, labels=[f"{n:,}" for n in ticks])
+        panel.set_xticks([], minor=True)
+
+
+def _apart(numbers: Sequence[int]) -> list[int]:
+    """Those rising numbers whose labels have room on a logarithmic axis."""
+    chosen: list[int] = []
+    for number in numbers:
+        if not chosen or math.log(number / chosen[-1]) > math.log(numbers[-1] / numbers[0]) / 14:
+            chosen.append(number)
+    return chosen
+
+
+def _picture(image: Tensor) -> Tensor:
+    """(H, W, 3) in [0, 1]."""
+    image = image.detach().cpu().double()
+    low, high = float(image.min()), float(image.max())
+    if low < 0 or high > 1:
+        low, high = (0.0, 255.0) if low >= 0 and high > 32 else (low, high)
+        image = (image - low) / max(high - low, 1e-12)
+    return image.expand(3, *image.shape[1:]).movedim(0, -1)
+
+
+def _coloured(classes: Tensor, ignore_index: int) -> Tensor:
+    """Each class's colour, (H, W, 3)."""
+    classes = classes.cpu().long()
+    ignored = (classes == ignore_index) | (classes < 0)
+    classes = classes.masked_fill(ignored, 0)
+    colours = torch.tensor([_class_colour(c) for c in range(int(classes.max()) + 1)], dtype=torch.float64)
+    return torch.where(ignored.unsqueeze(-1), torch.tensor(_IGNORED, dtype=torch.float64), colours[classes])
+
+
+def _class_colour(index: int) -> tuple[float, float, float]:
+    """Okabe and Ito's for the first eight classes, then hues a golden angle apart."""
+    if index < len(_CLASSES):
+        red, green, blue = (int(_CLASSES[index][i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return (red, green, blue)
+    return colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.45 + 0.15 * (index % 3), 0.95 - 0.2 * (index % 2))
 
 
 def _figure(width: float, height: float) -> Any:

@@ -5,8 +5,21 @@ import sys
 import pytest
 import torch
 
-from prior_hub import PriorModel
-from prior_hub.plots import _label_blocks, _singular_values, plot_comparison, plot_prior
+from prior_hub import PriorModel, plots
+from prior_hub.inference.metrics import reliability_bins
+from prior_hub.plots import (
+    _apart,
+    _coloured,
+    _label_blocks,
+    _picture,
+    _singular_values,
+    plot_average,
+    plot_comparison,
+    plot_prior,
+    plot_reliability,
+    plot_segmentation,
+    plot_trace,
+)
 
 PNG = b"\x89PNG"
 
@@ -83,3 +96,157 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
     plot_comparison(rows(), tmp_path / "figure.png")
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+# ---------------------------------------------------------------------------------- calibration, averages, chains, masks
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that were saved, to look into; they are still written."""
+    kept = []
+    save = plots._save
+
+    def keep(figure, path):
+        kept.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return kept
+
+
+def lines(panel):
+    """Labelled lines: {label: [(x, y), ...]}."""
+    return {li.get_label(): [tuple(map(float, p)) for p in li.get_xydata()] for li in panel.lines if li.get_label()[0] != "_"}
+
+
+def classified(n=3000, temperature=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(n, 5, generator=g)
+    return (logits / temperature).softmax(1), torch.multinomial(logits.softmax(1), 1, generator=g).squeeze(1)
+
+
+def test_a_reliability_diagram_shows_the_bins_of_each_method(tmp_path, figures):
+    p, y = classified(temperature=0.4)
+    adaptive = reliability_bins(*classified(), bins=8, adaptive=True)
+    path = plot_reliability({"single": (p, y), "average": adaptive}, tmp_path / "new" / "r.png", bins=10, title="digits")
+    assert path.read_bytes()[:4] == PNG
+    top, below = figures[0].axes
+    bins = reliability_bins(p, y, bins=10)
+    assert lines(top) == {
+        f"{name}: ECE {100 * b.expected_calibration_error:.1f} %": [
+            (c, a) for c, a, n in zip(b.confidence, b.accuracy, b.count, strict=True) if n
+        ]
+        for name, b in (("single", bins), ("average", adaptive))
+    }
+    shares = [stairs.get_data().values.sum() for stairs in below.patches]
+    assert shares == pytest.approx([100.0, 100.0])
+    lowest = min(min(c for c, n in zip(b.confidence, b.count, strict=True) if n) for b in (bins, adaptive))
+    assert lowest - 0.1 < top.get_xlim()[0] <= lowest
+
+
+def test_averages_are_drawn_against_their_number_of_samples(tmp_path, figures):
+    some = [{"samples": s, "accuracy": 0.5 + 0.01 * s, "nll": 1 / s} for s in (1, 2, 10)]
+    assert plot_average(some, tmp_path / "a.png").read_bytes()[:4] == PNG
+    left, right = figures[0].axes
+    (drawn,) = [c.lines[0].get_xydata().tolist() for c in right.containers]
+    assert drawn == [[s["samples"], pytest.approx(s["nll"])] for s in some]
+    (drawn,) = [c.lines[0].get_xydata().tolist() for c in left.containers]
+    assert drawn == [[s["samples"], pytest.approx(100 * s["accuracy"])] for s in some]
+    several = [{**row, "method": m, "nll": row["nll"] + k} for row in some for m in ("one chain", "four") for k in (0, 1)]
+    plot_average(several, tmp_path / "b.svg", title="digits")
+    assert figures[1].get_suptitle().startswith("digits (mean of 2 runs")
+    assert [t.get_text() for t in figures[1].legends[0].get_texts()] == ["one chain", "four"]
+    with pytest.raises(ValueError, match="no rows"):
+        plot_average([], tmp_path / "a.png")
+
+
+def test_labels_of_many_numbers_keep_apart():
+    assert _apart([1, 2, 5, 10, 20, 50]) == [1, 2, 5, 10, 20, 50]
+    assert len(_apart(range(1, 1001))) <= 15
+    assert _apart([7]) == [7]
+
+
+@pytest.mark.parametrize("chains", [1, 3])
+def test_traces_are_the_values_one_line_per_chain(tmp_path, figures, chains):
+    values = torch.randn(chains, 20, 2, generator=torch.Generator().manual_seed(0))
+    nll = values.square().sum(2)
+    plot_trace(values, tmp_path / "t.png", nll=nll, log_posterior=-nll, names=["a", "b"], title="chains")
+    panels = figures[0].axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["log posterior [nats]", "NLL [nats]", "a", "b"]
+    for panel, expected in zip(panels, (-nll, nll, values[:, :, 0], values[:, :, 1]), strict=True):
+        assert [[y for _, y in line] for line in lines(panel).values()] == [pytest.approx(e) for e in expected.tolist()]
+    assert bool(figures[0].legends) == (chains > 1)
+    assert plot_trace(values[:, :, 0], tmp_path / "one.png").read_bytes()[:4] == PNG
+
+
+def test_only_the_first_functions_of_many_are_drawn_and_it_says_so(tmp_path, figures):
+    plot_trace(torch.zeros(2, 5, 30), tmp_path / "t.png")
+    assert len(figures[0].axes) == 8
+    assert figures[0].get_suptitle() == "(the first 8 of 30 functions)"
+
+
+def masks(rows=2, height=6, width=9):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (rows, height, width), generator=g)
+    labels[:, 0] = 255
+    entropy = torch.rand(rows, height, width, generator=g)
+    return torch.randn(rows, 3, height, width, generator=g), labels, labels.clamp_max(3), entropy, 0.2 * entropy
+
+
+@pytest.mark.parametrize(("rows", "names"), [(1, None), (3, ["sky", "sea", "ship", "shore"])])
+def test_segmentations_are_rows_of_five_pictures_on_common_scales(tmp_path, figures, rows, names):
+    images, labels, predictions, entropy, information = masks(rows)
+    path = tmp_path / "s.png"
+    assert plot_segmentation(images, labels, predictions, entropy, information, path, class_names=names) == path
+    assert path.read_bytes()[:4] == PNG
+    shown = [panel.images[0] for panel in figures[0].axes if panel.images]
+    assert len(shown) == 5 * rows
+    for column, tensor in ((3, entropy), (4, information)):
+        assert {image.get_clim() for image in shown[column::5]} == {(0.0, float(tensor.max()))}
+        for image, expected in zip(shown[column::5], tensor, strict=True):
+            assert torch.equal(torch.as_tensor(image.get_array()), expected.double())
+    for row in range(rows):  # where the prediction is right, it has the colour of the truth
+        truth, guess = (torch.as_tensor(shown[5 * row + i].get_array()) for i in (1, 2))
+        assert torch.equal(truth[1:], guess[1:])
+        assert not torch.equal(truth[0], guess[0])
+    assert [t.get_text() for legend in figures[0].legends for t in legend.get_texts()] == (names or [])
+
+
+def test_classes_have_colours_of_their_own_and_ignored_pixels_grey():
+    classes = torch.arange(40).view(4, 10)
+    colours = _coloured(classes, 255)
+    assert len({tuple(c) for c in colours.view(-1, 3).tolist()}) == 40
+    assert 0 <= float(colours.min()) <= float(colours.max()) <= 1
+    assert torch.equal(_coloured(classes.flip(0), 255), colours.flip(0))
+    grey = _coloured(torch.tensor([[255, -100, 3]]), 255)[0]
+    assert torch.equal(grey[0], grey[1])
+    assert grey[0].unique().numel() == 1
+    assert torch.equal(grey[2], colours[0, 3])
+
+
+def test_pictures_are_brought_to_zero_to_one():
+    unit = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(_picture(unit), unit.double().movedim(0, -1))
+    assert torch.allclose(_picture(255 * unit), _picture(unit))
+    normalised = _picture((unit - 0.5) / 0.2)
+    assert (float(normalised.min()), float(normalised.max())) == (0.0, 1.0)
+    assert _picture(unit[:1]).shape == (4, 5, 3)
+
+
+def test_wrong_shapes_are_refused_with_what_was_found(tmp_path):
+    images, labels, predictions, entropy, information = masks()
+    path = tmp_path / "x.png"
+    with pytest.raises(ValueError, match=r"images have shape \(2, 6, 9\)"):
+        plot_segmentation(labels, labels, predictions, entropy, information, path)
+    with pytest.raises(ValueError, match=r"entropy have shape \(2, 6, 8\), expected \(2, 6, 9\)"):
+        plot_segmentation(images, labels, predictions, entropy[..., 1:], information, path)
+    with pytest.raises(ValueError, match=r"expected \(chains, draws, functions\)"):
+        plot_trace(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="1 names for 2 functions"):
+        plot_trace(torch.zeros(2, 3, 2), path, names=["a"])
+    with pytest.raises(ValueError, match=r"NLL \[nats\] has shape \(3,\), expected \(2, 3\)"):
+        plot_trace(torch.zeros(2, 3, 2), path, nll=torch.zeros(3))
+    with pytest.raises(ValueError, match="no methods"):
+        plot_reliability({}, path)
+    assert not path.exists()
