@@ -593,9 +593,9 @@ class PriorTrainerMixin(_TrainerBase):
         if dense and self._prior_settings["prior_num_examples"] is None and self._prior_settings["prior_count"] is None:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: the loss is a mean over tokens or pixels, so it must be said what "
-                f"counts as one observation. {self._how_to_pass_n()} the number N itself, or in its place prior_count='labels' (every "
-                "token or pixel that is not ignored, as if they were independent) or prior_count='examples' (each image or "
-                "text once: a prior as many times stronger as there are labels in one)."
+                f"counts as one observation. {self._how_to_pass_n()} the number N itself, or in its place prior_count='labels' "
+                "(every token or pixel that is not ignored, as if they were independent) or prior_count='examples' (each image "
+                "or text once: a prior as many times stronger as there are labels in one)."
             )
 
     @torch.no_grad()
