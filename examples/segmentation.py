@@ -11,9 +11,9 @@ FOLDER_OR_NAME is a data set of the Hub or a local folder of parquet files: `--s
    'resnet.' becomes 'backbone.') and whose head is new. Four ways, all from the prior's mean: plainly; under an isotropic
    prior at the mean; under the learned prior (one MAP solution each); and by sampling the posterior under the learned prior
    with `sampler="baoa"`, whose predictions are the average over the samples.
-3. Each method has four settings to choose from (learning rate or temperature, and strength: weight decay or the typical variance of a
-   weight under the prior). The choice is by pixel NLL on a fifth of the n images, held out; then it is fitted again to all n.
-   The test set is used once, for the table.
+3. Each method has four settings to choose from (learning rate or temperature, and strength: weight decay, or the typical
+   variance of a weight under the prior). The choice is by pixel NLL on a fifth of the n images, held out; then it is fitted
+   again to all n. The test set is used once, for the table.
 
 The loss is a mean over pixels, so it must be said what one observation is (`prior_count`): here "{count}".
 
@@ -63,7 +63,7 @@ from prior_hub.plots import plot_segmentation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IGNORED = 255
 COUNT = "labels"  # what counts as one observation: every pixel
-BACKBONE = {"embedding_size": 24, "hidden_sizes": [24, 48, 96, 192], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 PLAIN, ISOTROPIC, LEARNED, AVERAGE = METHODS = (
     "plain fine-tuning",
     "isotropic at the mean",
@@ -113,7 +113,7 @@ def rows(name: str, split: str, limit: int | None) -> Any:
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
-def load_source(name: str, *, limit: int | None = None, side: int = 64) -> Images:
+def load_source(name: str, *, limit: int | None = None, side: int = 48) -> Images:
     """Images with one label each, `side` x `side` pixels."""
     data = rows(name, "train", limit)
     column = next(c for c in ("image", "img") if c in data.column_names)
@@ -191,7 +191,7 @@ def segmenter(classes: int) -> UperNetForSemanticSegmentation:
     backbone = ResNetConfig(**BACKBONE, out_features=stages)
     return UperNetForSemanticSegmentation(
         UperNetConfig(
-            backbone_config=backbone, hidden_size=32, use_auxiliary_head=False, num_labels=classes, loss_ignore_index=IGNORED
+            backbone_config=backbone, hidden_size=24, use_auxiliary_head=False, num_labels=classes, loss_ignore_index=IGNORED
         )
     )
 

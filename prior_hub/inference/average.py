@@ -188,8 +188,10 @@ class BayesianModelAverage:
                         else:
                             sums[position] = _joined(sums[position], found)
                         bar.update()
-                for batch, total in zip(chunk, sums, strict=True):
-                    yield batch, _finished(total, len(self))
+                chunk.reverse()
+                sums.reverse()
+                while chunk:  # what has been given is not held
+                    yield chunk.pop(), _finished(sums.pop(), len(self))
 
     def predict(self, dataloader: Iterable[Any], *, progress: bool = True) -> AveragedPrediction:
         """All batches' predictions together, on the CPU.
