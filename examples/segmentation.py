@@ -72,10 +72,10 @@ PLAIN, ISOTROPIC, LEARNED, AVERAGE = METHODS = (
 )
 # (learning rate, weight decay), (learning rate, typical variance of a weight) or (temperature, typical variance of a weight)
 SETTINGS = {
-    PLAIN: list(itertools.product((1e-3, 4e-3), (0.0, 0.1))),
-    ISOTROPIC: list(itertools.product((1e-3, 4e-3), (1e-4, 1e-2))),
-    LEARNED: list(itertools.product((1e-3, 4e-3), (1e-4, 1e-2))),
-    AVERAGE: list(itertools.product((0.1, 1.0), (1e-4, 1e-2))),
+    PLAIN: list(itertools.product((2e-3, 6e-3), (0.0, 0.1))),
+    ISOTROPIC: list(itertools.product((2e-3, 6e-3), (1e-3, 1e-1))),
+    LEARNED: list(itertools.product((2e-3, 6e-3), (1e-3, 1e-1))),
+    AVERAGE: list(itertools.product((1.0, 10.0), (1e-2, 1e-1))),
 }
 
 
@@ -315,12 +315,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("example_output"), help="folder for what is written")
     parser.add_argument("--n", type=int, nargs="+", default=[20], help="labelled target images (default: 20)")
     parser.add_argument("--seeds", type=int, default=2, help="few-shot sets and head initialisations (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="of each fine-tuning (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="of each fine-tuning (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="of the target (default: %(default)s)")
     parser.add_argument("--source-steps", type=int, default=1000, help="of 64 source images (default: %(default)s)")
     parser.add_argument("--source-learning-rate", type=float, default=0.05, help="constant (default: %(default)s)")
     parser.add_argument("--swag-start", type=float, default=0.6, help="share of the source steps before SWAG (%(default)s)")
-    parser.add_argument("--rank", type=int, default=20, help="deviations kept (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=10, help="deviations kept (default: %(default)s)")
     parser.add_argument("--variance-floor", type=float, default=1e-8, help="smallest variance (default: %(default)s)")
     parser.add_argument("--head-variance", type=float, default=1.0, help="prior of the new head (default: %(default)s)")
     parser.add_argument("--sampler-learning-rate", type=float, default=0.1, help="of 'baoa' (default: %(default)s)")
@@ -330,8 +330,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few steps on a few images: shows the path, not the result")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.n, options.seeds, options.steps, options.source_steps, options.rank = [10], 1, 4, 8, 2
-        options.cycles, options.samples_per_cycle, options.pictures, options.batch_size = 1, 2, 2, 4
+        options.n, options.seeds, options.steps, options.source_steps, options.rank = [6], 1, 4, 6, 2
+        options.cycles, options.samples_per_cycle, options.pictures, options.batch_size = 1, 2, 2, 2
     return options
 
 
