@@ -312,6 +312,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="uoft-cs/cifar10", help="classification images (default: %(default)s)")
     parser.add_argument("--target", required=True, help="images and masks, splits train and test")
+    parser.add_argument("--prior", help="Hub name or folder of a prior learned before: step 1 is left out")
     parser.add_argument("--output", type=Path, default=Path("example_output"), help="folder for what is written")
     parser.add_argument("--n", type=int, nargs="+", default=[20], help="labelled target images (default: 20)")
     parser.add_argument("--seeds", type=int, default=2, help="few-shot sets and head initialisations (default: %(default)s)")
@@ -338,9 +339,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run the example."""
     options = parse(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     limit = 64 if options.quick else None
-    learned = learn_prior(options, load_source(options.source, limit=limit))
+    if options.prior is None:
+        learned = learn_prior(options, load_source(options.source, limit=limit))
+    else:
+        learned = PriorModel.from_pretrained(options.prior)
     print(learned)
     pool, test = (load_target(options.target, split, limit=limit) for split in ("train", "test"))
     classes = int(torch.cat([m[m != IGNORED] for m in (pool.labels, test.labels)]).max()) + 1
@@ -350,8 +355,8 @@ def main(arguments: list[str] | None = None) -> None:
         part = list(compare(options, learned, pool, test, classes, n))
         found += part
         print(f"\n{Path(options.target).name}, n = {n}, {len(test):,} test images, {options.seeds} seeds:\n{table(part)}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    (options.output / "results.json").write_text(json.dumps({"settings": settings, "rows": found}, indent=2) + "\n")
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        (options.output / "results.json").write_text(json.dumps({"settings": settings, "rows": found}, indent=2) + "\n")
     print(f"{time.perf_counter() - started:.0f} s; every number is in {options.output / 'results.json'}")
 
 

@@ -41,7 +41,7 @@ def count_labels(
     Args:
         dataset: with a length.
         collate: a list of its rows -> a batch with "labels" (or "shift_labels", which are taken as they are).
-        ignore_index: a batch's labels -> the label that the loss leaves out; -100 never counts.
+        ignore_index: a batch's labels -> the label that the loss leaves out; -100 unless given.
         shifted: the loss predicts each token from those before (a causal language model), so that the first label of a row
             is no target.
         batch_size: rows at once.
@@ -76,7 +76,7 @@ def _counted(batch: Any, ignore_index: Callable[[Tensor], int], shifted: bool) -
         raise PriorHubError(f"prior_count='labels' finds no tensor of labels in a batch ({keys}): pass prior_num_examples.")
     if labels.is_floating_point():
         return len(labels)  # several yes-or-no labels or a regression target: one observation per example
-    return int(((labels != IGNORED) & (labels != ignore_index(labels))).sum())
+    return int((labels != ignore_index(labels)).sum())
 
 
 @contextmanager
