@@ -134,8 +134,53 @@ def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, 
         assert example.learn_prior(options, images).config.source["dataset"] == recorded
 
 
-@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py"])
+@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "segmentation.py"])
 def test_help_teaches(script, tmp_path):
     printed = run(script, "--help", folder=tmp_path)
     assert len(printed.split()) > 150
     assert "--quick" in printed
+
+
+def masks(folder, *, rows):
+    """Images and masks of noise, some pixels not to count."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    g = np.random.default_rng(1)
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        columns = {"image": [], "mask": []}
+        for _ in range(rows):
+            mask = g.integers(0, 2, (24, 32)).astype(np.uint8)
+            mask[0, :5] = 255
+            for name, array in (("image", g.integers(0, 256, (24, 32, 3), dtype=np.uint8)), ("mask", mask)):
+                file = io.BytesIO()
+                Image.fromarray(array).save(file, "PNG")
+                columns[name].append({"bytes": file.getvalue(), "path": None})
+        features = Features({"image": ImageFeature(), "mask": ImageFeature()})
+        Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.slow
+def test_segmentation_runs_on_local_folders_and_prints_the_table_of_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import segmentation as example
+
+    parquet(tmp_path / "source", classes=10, column="other", rows=64)
+    masks(tmp_path / "target", rows=12)
+    target = example.load_target(str(tmp_path / "target"), "test", size=(24, 32))
+    assert target.labels.unique().tolist() == [0, 1, 255]
+    assert (target.labels == 255).sum() == 12 * 5
+    folders = ("--source", tmp_path / "source", "--target", tmp_path / "target", "--output", tmp_path / "out")
+    printed = run("segmentation.py", *folders, "--quick", folder=tmp_path)
+    assert "prefix 'resnet.' replaced by 'backbone.'" in printed
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(example.METHODS)
+    for row in rows:  # one seed: the table holds each number itself
+        line = next(line for line in printed.splitlines() if line.startswith(f"{row['method']}  "))
+        assert all(f"{row[key]:.3f}" in line for key in ("mean_iou", "pixel_accuracy", "nll", "ece"))
+        assert len(row["held_out_nll"]) == 4  # every method has as many settings to choose from
+    with Image.open(tmp_path / "out" / "segmentation.png") as picture:
+        assert picture.size[0] > 500
+    assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 2

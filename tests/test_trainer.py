@@ -723,7 +723,9 @@ def test_settings_parse_from_the_command_line():
     parser = HfArgumentParser(PriorTrainingArguments)
     words = "--output_dir out --prior org/name --prior_scale 0.5 --prior_rank 3 --prior_head_variance 0.1"
     words += " --prior_num_examples 100 --prior_initialize False --prior_include_head --prior_on_mismatch drop"
-    words += " --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior"
+    words += (
+        " --prior_count labels --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior"
+    )
     words += " --weight_decay 0.01"
     (given,) = parser.parse_args_into_dataclasses(words.split())
     words_of_the_sampler = " --sampler sghmc --temperature 0.5 --friction 0.2 --num_cycles 2 --samples_per_cycle 5"
@@ -740,6 +742,7 @@ def test_settings_parse_from_the_command_line():
         "prior_head_variance": 0.1,
         "prior_update": "implicit",
         "prior_num_examples": 100,
+        "prior_count": "labels",
         "prior_initialize": False,
         "prior_include_head": True,
         "prior_on_mismatch": "drop",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from prior_hub.finetuning.counting import COUNTS
 from prior_hub.finetuning.proximal import UPDATES
 from prior_hub.finetuning.sampling import METRICS, SAMPLERS
 from prior_hub.inference.schedule import SCHEDULES
@@ -26,7 +27,13 @@ class PriorArgumentsMixin:
         prior_update: how the prior enters a step: "gradient" (added to the data's gradient), "implicit" (a step of its own
             after the optimizer's, stable at any scale and learning rate, with the same solution), or "auto": implicit where
             a gradient step would overshoot.
-        prior_num_examples: N; the length of the training set when None.
+        prior_num_examples: N, as a number; see `prior_count` when None.
+        prior_count: what counts as one observation of the N in (mean loss + penalty / N), where the loss is a mean over tokens
+            or pixels. "labels": every label that is not ignored, counted once over the training set; pixels of an image are not
+            independent, so this takes the data for more than they are, and makes the posterior narrower than it should be.
+            "examples": each image or text once; the prior is stronger, and the posterior wider (its variance), by the number of
+            labels in one. The truth is between; compare on held-out data. Default: the length of the training set, and an error
+            where labels are per token or pixel.
         prior_initialize: start from the prior's mean and its BatchNorm statistics: making the trainer overwrites the model's
             weights, unless it has no train_dataset. False to go on from the model's own weights.
         prior_include_head: bind the source task's head too (same classes on both sides).
@@ -65,7 +72,15 @@ class PriorArgumentsMixin:
         default=None,
         metadata={
             "help": "N, by which the penalty is divided: number of training examples, or of label tokens if the loss is a "
-            "mean over tokens. Default: length of the training set."
+            "mean over tokens. Default: see prior_count."
+        },
+    )
+    prior_count: str | None = field(
+        default=None,
+        metadata={
+            "help": "What counts as one observation in N: 'examples' (each image or text once) or 'labels' (every token or "
+            "pixel that is not ignored). Default: the length of the training set; an error for losses over tokens or pixels.",
+            "choices": list(COUNTS),
         },
     )
     prior_initialize: bool = field(

@@ -30,10 +30,18 @@ from transformers.utils import logging
 from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.arguments import SamplingArgumentsMixin
+from prior_hub.finetuning.counting import COUNTS, count_labels
 from prior_hub.finetuning.penalty import PriorPenalty
 from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update, highest_rate
 from prior_hub.finetuning.sampling import DEFAULT_HEAD_VARIANCE, Sampling
-from prior_hub.inference.average import BayesianModelAverage, averaged, class_dimension, enlarged, nll_of
+from prior_hub.inference.average import (
+    BayesianModelAverage,
+    averaged,
+    class_dimension,
+    enlarged,
+    ignore_index_of,
+    nll_of,
+)
 from prior_hub.inference.diagnostics import warn_without_variability
 from prior_hub.inference.sampler import Sampler
 from prior_hub.inference.samples import frozen_digest, list_samples, remove_samples, write_sample
@@ -57,6 +65,7 @@ _DEFAULTS: dict[str, Any] = {
     "prior_head_variance": None,
     "prior_update": "auto",
     "prior_num_examples": None,
+    "prior_count": None,
     "prior_initialize": True,
     "prior_include_head": False,
     "prior_on_mismatch": "error",
@@ -129,6 +138,8 @@ class PriorTrainerMixin(_TrainerBase):
         self._schedule: CyclicalSchedule | None = None
         self._average: BayesianModelAverage | None = None  # while it is evaluated
         self._compared = False  # whether its members' predictions were
+        self._labels_of: Any = None  # the data set whose labels were counted
+        self._label_count = 0
         self._written: set[Path] = set()  # folders of chains that this call of train() has written samples to
         self._frozen: str | None = None  # digest of the parameters that are not trained
         if chosen is not None:
@@ -218,20 +229,44 @@ class PriorTrainerMixin(_TrainerBase):
         return DEFAULT_HEAD_VARIANCE if given is None and self.sampling is not None else given
 
     def _num_examples(self) -> int:
-        given = self._prior_settings["prior_num_examples"]
+        given, what = self._prior_settings["prior_num_examples"], self._prior_settings["prior_count"]
+        if what is not None and what not in COUNTS:
+            raise ValueError(f"prior_count is {what!r}, expected one of {', '.join(map(repr, COUNTS))}, or None.")
+        if given is not None and what is not None:
+            raise ValueError(f"prior_num_examples={given} is N already: leave out prior_count={what!r}, or the number.")
         if given is not None:
             return int(given)
         dataset = self.train_dataset
         if dataset is None:
             return 1  # nothing to train on: the prior is only bound to be looked at
         try:
-            return len(dataset)
+            examples = len(dataset)
         except TypeError:
             raise ValueError(
                 "the training set has no length, so the N that the prior's penalty is divided by is not known. "
                 f"{self._how_to_pass_n()} the number of different training examples (label tokens for a loss that is a mean "
                 "over tokens)."
             ) from None
+        return self._num_labels() if what == "labels" else examples
+
+    def _num_labels(self) -> int:
+        """Labels of the training set that the loss counts; one pass over each data set."""
+        dataset = self.train_dataset
+        if self._labels_of is not dataset:
+            self._label_count = count_labels(
+                dataset,
+                self._get_collator_with_removed_columns(self.data_collator, description="Training"),
+                ignore_index=lambda labels: ignore_index_of(self.model, labels),
+                shifted=bool(getattr(self, "_loss_shifts_labels", False)),
+                batch_size=self.args.per_device_train_batch_size,
+                workers=self.args.dataloader_num_workers,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                device=self.args.device,
+            )
+            self._labels_of = dataset
+            logger.info(f"Prior: {self._label_count:,} labels count in the training set.")
+        return self._label_count
 
     def _how_to_pass_n(self) -> str:
         name = type(self.args).__name__
@@ -426,6 +461,14 @@ class PriorTrainerMixin(_TrainerBase):
             raise ValueError(
                 "prior_update='implicit' is a step for optimizers: with it a chain has another law. sampler='baoa' is stable "
                 "at any scale, with the right one."
+            )
+        auxiliary = getattr(unwrapped(self.model), "auxiliary_head", None)
+        if isinstance(auxiliary, nn.Module):
+            weight = getattr(getattr(self.model, "config", None), "auxiliary_loss_weight", "some share")
+            raise ValueError(
+                f"{type(self.model).__name__} adds {weight} times the loss of an auxiliary head to its own: both would be "
+                "sampled as one likelihood, and the average predicts with one head only. Make the model with "
+                "use_auxiliary_head=False."
             )
         if self.optimizer is not None or self.lr_scheduler is not None or self.optimizer_cls_and_kwargs is not None:
             raise ValueError("a sampler is an optimizer with a schedule of its own: pass no other beside sampler=...")
@@ -679,8 +722,7 @@ class PriorTrainerMixin(_TrainerBase):
         self._compared = True
         loss = None
         if isinstance(labels, Tensor):
-            config = getattr(self.model, "config", None)
-            loss = nll_of(found, labels, getattr(config, "semantic_loss_ignore_index", -100))
+            loss = nll_of(found, labels, ignore_index_of(self.model, labels))
         return (loss, None, None) if prediction_loss_only else (loss, found, labels)
 
     # ---------------------------------------------------------------------------------------------------------- checks
@@ -689,11 +731,12 @@ class PriorTrainerMixin(_TrainerBase):
         """A mean over tokens or pixels has another N than the number of examples, and only the user knows it."""
         labels: Any = inputs.get("labels") if isinstance(inputs, Mapping) else None
         dense = isinstance(labels, Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
-        if dense and self._prior_settings["prior_num_examples"] is None:
+        if dense and self._prior_settings["prior_num_examples"] is None and self._prior_settings["prior_count"] is None:
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}: the loss is a mean over tokens or pixels, so N is their number, "
-                f"not the number of examples. {self._how_to_pass_n()} the label tokens in the training set (without ignored "
-                "ones), or the images if each is to count as one observation."
+                f"labels have shape {tuple(labels.shape)}: the loss is a mean over tokens or pixels, so it must be said what "
+                f"counts as one observation. {self._how_to_pass_n()} the number N itself, or in its place prior_count='labels' "
+                "(every token or pixel that is not ignored, as if they were independent) or prior_count='examples' (each image "
+                "or text once: a prior as many times stronger as there are labels in one)."
             )
 
     @torch.no_grad()

@@ -27,9 +27,9 @@ from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics,
 from prior_hub.inference.samples import Sample, StoredSample, frozen_digest, list_samples
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import has_batch_norm, recompute_batch_norm
-from prior_hub.priors.matching import canonical_parameters, persistent_buffers
+from prior_hub.priors.matching import canonical_parameters, persistent_buffers, unwrapped
 
-__all__ = ["AveragedPrediction", "BayesianModelAverage", "class_dimension", "default_logits", "nll_of"]
+__all__ = ["AveragedPrediction", "BayesianModelAverage", "class_dimension", "default_logits", "ignore_index_of", "nll_of"]
 
 _IGNORED = -100
 
@@ -206,8 +206,10 @@ class BayesianModelAverage:
                         else:
                             sums[position] = _joined(sums[position], found)
                         bar.update()
-                for batch, total in zip(chunk, sums, strict=True):
-                    yield batch, _finished(total, len(self))
+                chunk.reverse()
+                sums.reverse()
+                while chunk:  # what has been given is not held
+                    yield chunk.pop(), _finished(sums.pop(), len(self))
 
     def predict(self, dataloader: Iterable[Any], *, progress: bool = True) -> AveragedPrediction:
         """All batches' predictions together, on the CPU.
@@ -399,6 +401,26 @@ def nll_of(log_probabilities: Tensor, labels: Tensor, ignore_index: int = _IGNOR
     if by_class.shape[:1] + by_class.shape[2:] != labels.shape:
         raise PriorMatchError(f"predictions {tuple(log_probabilities.shape)} do not fit labels {tuple(labels.shape)}.")
     return nn.functional.nll_loss(by_class.float(), labels.long(), ignore_index=ignore_index)
+
+
+def ignore_index_of(model: nn.Module, labels: Tensor | None = None) -> int:
+    """The label that a model's loss leaves out: for segmentation what its config says (255 as a rule), else -100.
+
+    In transformers it is `semantic_loss_ignore_index` (SegFormer, BEiT, DPT, MobileViT) or `loss_ignore_index` (UperNet).
+    Some configs have it for their classification heads too, where 255 is a class like any other.
+
+    Args:
+        model: any model.
+        labels: what it is asked about; pictures of labels, (B, H, W), when None.
+    """
+    if labels is not None and labels.ndim != 3:
+        return _IGNORED
+    config = getattr(unwrapped(model), "config", None)
+    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    return _IGNORED
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def recompute_batch_norm(
         Canonical name -> buffer; empty for a model without running statistics.
 
     Raises:
-        PriorHubError: the data loader gave no batch.
+        PriorHubError: the data loader gave no batch, or only batches with one value for some module.
     """
     modules = [m for m in _normalisation_modules(model) if m.training or not in_training_mode_only]
     if not modules:
@@ -81,6 +81,7 @@ def recompute_batch_norm(
     total = _length(dataloader)
     limit = max_batches if max_batches is not None or total is not None else _MOST_UNSIZED
     seen = 0
+    single: ValueError | None = None
     try:
         with torch.no_grad():
             for name, value in (parameters or {}).items():
@@ -94,8 +95,22 @@ def recompute_batch_norm(
             for batch in bar:
                 if limit is not None and seen >= limit:
                     break
-                _forward(model, batch, device)
+                before = {name: buffer.clone() for name, buffer in buffers.items()}
+                try:
+                    _forward(model, batch, device)
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    for name, buffer in buffers.items():
+                        buffer.copy_(before[name])
+                    single = error  # a last batch of one image, pooled to one pixel (UperNet, DeepLab): it has no variance
+                    continue
                 seen += 1
+            if not seen and single is not None:
+                raise PriorHubError(
+                    "every batch had a single value for some BatchNorm module (one image, pooled to one pixel), which has no "
+                    "variance: pass a data loader with larger batches."
+                ) from single
             if not seen:
                 raise PriorHubError("the data loader gave no batch to recompute BatchNorm statistics from.")
             return {name: buffer.detach().clone() for name, buffer in batch_norm_buffers(model).items()}

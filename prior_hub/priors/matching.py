@@ -109,6 +109,30 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return result
 
 
+def flattened_parts(model: nn.Module) -> dict[str, str]:
+    """Prefix as the whole network has it -> as timm's `features_only=True` has it: "stages.0." -> "stages_0.".
+
+    timm takes the first level of Sequential containers apart in some networks (ConvNeXt, ByobNet), so that no one prefix leads
+    from the names of the whole network to those of its features.
+    """
+    strip = _stripper(model)
+    found = {}
+    for raw, module in model.named_modules():
+        if not {"FeatureListNet", "FeatureDictNet"} & {kind.__name__ for kind in type(module).__mro__}:
+            continue
+        for child, part in module.named_children():
+            before, underscore, number = child.rpartition("_")
+            if not (before and underscore and number.isdigit()):
+                continue
+            for name, _ in part.named_parameters():
+                inside = strip(".".join(p for p in (raw, child, name) if p))
+                if inside is not None and inside.endswith(f".{name}" if raw else f"{child}.{name}"):
+                    actual = inside.removesuffix(name)
+                    found[f"{actual.removesuffix(f'{child}.')}{before}.{number}."] = actual
+                    break
+    return found
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel, torch.compile and PEFT wrappers; the model itself without them."""
     inner: Any = _chain(model)[-1]
@@ -268,6 +292,7 @@ class Match:
         new: model names the prior does not know.
         new_frozen: those of them that are not trained.
         remarks: why this may be the prior of another model; given as warnings too.
+        flattened: prefixes as the whole network has them -> as timm's `features_only` has them.
     """
 
     pairs: Mapping[str, str]
@@ -283,12 +308,17 @@ class Match:
     model_values: int = 0
     remarks: tuple[str, ...] = ()
     name_map: NameMap | None = field(default=None, compare=False)
+    flattened: Mapping[str, str] = field(default_factory=dict)
 
     def rename(self, name: str) -> str | None:
         """The name in the model of any name of the source model, a buffer's for example; None if it has none."""
         if self.name_map is not None:
             return _apply_map([name], self.name_map).get(name)
-        return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else None
+        if not name.startswith(self.strip):
+            return None
+        place = self.add + name.removeprefix(self.strip)
+        part = next((p for p in self.flattened if place.startswith(p)), None)
+        return place if part is None else self.flattened[part] + place.removeprefix(part)
 
     def report(self) -> str:
         """What a person wants to know, in one or a few lines."""
@@ -344,11 +374,13 @@ def match_parameters(
         min_coverage: as `match_names`.
     """
     parameters = canonical_parameters(model)
+    flattened = flattened_parts(model)
+    whole = {part + n.removeprefix(here): n for part, here in flattened.items() for n in parameters if n.startswith(here)}
     match = match_names(
         prior,
         {name: tuple(p.shape) for name, p in parameters.items()},
         frozen=[name for name, p in parameters.items() if not p.requires_grad],
-        aliases=tied_names(model),
+        aliases={name: n for name, n in whole.items() if name not in parameters} | tied_names(model),
         head_parameters=head_parameters,
         tied_parameters=tied_parameters,
         name_map=name_map,
@@ -359,7 +391,7 @@ def match_parameters(
     remarks = [*_siblings(match, model, parameters, head_parameters), *_other_type(match, model, model_type)]
     for remark in remarks:
         warnings.warn(remark, PriorWarning, stacklevel=2)
-    return replace(match, remarks=tuple(remarks))
+    return replace(match, remarks=tuple(remarks), flattened=flattened)
 
 
 def _siblings(match: Match, model: nn.Module, parameters: Mapping[str, Tensor], head: Iterable[str]) -> list[str]:
