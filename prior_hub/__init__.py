@@ -28,6 +28,7 @@ _LAZY = {
     "AveragedPrediction": "prior_hub.inference.average",
     "BAOA": "prior_hub.inference.baoa",
     "BayesianModelAverage": "prior_hub.inference.average",
+    "BoundGaussian": "prior_hub.inference.baoa",
     "ChainDiagnostics": "prior_hub.inference.diagnostics",
     "CyclicalSchedule": "prior_hub.inference.schedule",
     "LowRankGaussian": "prior_hub.priors.gaussian",
@@ -42,13 +43,16 @@ _LAZY = {
     "ProximalStep": "prior_hub.finetuning.proximal",
     "SGHMC": "prior_hub.inference.sghmc",
     "SGLD": "prior_hub.inference.sgld",
+    "SamplingArgumentsMixin": "prior_hub.finetuning.arguments",
     "SamplingScheduler": "prior_hub.inference.schedule",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
     "TemperatureScaling": "prior_hub.inference.metrics",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
+    "disagreement": "prior_hub.inference.diagnostics",
     "isotropic_prior": "prior_hub.learning.isotropic",
+    "list_samples": "prior_hub.inference.samples",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
@@ -62,6 +66,7 @@ __all__ = [
     "SGLD",
     "AveragedPrediction",
     "BayesianModelAverage",
+    "BoundGaussian",
     "ChainDiagnostics",
     "CyclicalSchedule",
     "LowRankGaussian",
@@ -82,6 +87,7 @@ __all__ = [
     "PriorTrainingArguments",
     "PriorWarning",
     "ProximalStep",
+    "SamplingArgumentsMixin",
     "SamplingScheduler",
     "SwagCallback",
     "SwagEstimator",
@@ -89,7 +95,9 @@ __all__ = [
     "__version__",
     "chain_diagnostics",
     "classification_metrics",
+    "disagreement",
     "isotropic_prior",
+    "list_samples",
     "match_parameters",
     "push_prior_to_hub",
     "recompute_batch_norm",
@@ -98,15 +106,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from prior_hub.finetuning.arguments import PriorArgumentsMixin, PriorTrainingArguments
+    from prior_hub.finetuning.arguments import PriorArgumentsMixin, PriorTrainingArguments, SamplingArgumentsMixin
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
     from prior_hub.inference.average import AveragedPrediction, BayesianModelAverage
-    from prior_hub.inference.baoa import BAOA
-    from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics
+    from prior_hub.inference.baoa import BAOA, BoundGaussian
+    from prior_hub.inference.diagnostics import ChainDiagnostics, chain_diagnostics, disagreement
     from prior_hub.inference.metrics import TemperatureScaling, classification_metrics, segmentation_metrics
-    from prior_hub.inference.samples import write_sample
+    from prior_hub.inference.samples import list_samples, write_sample
     from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
     from prior_hub.inference.sghmc import SGHMC
     from prior_hub.inference.sgld import SGLD

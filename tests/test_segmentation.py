@@ -375,7 +375,14 @@ def test_the_ignored_label_is_the_models_for_pictures_and_no_class_elsewhere():
 def test_sampled_segmentation_is_evaluated_by_its_average_without_ignored_pixels(make, tmp_path):
     data, test = pictures(5), pictures(4, seed=9)
     prior = random_prior(resnet() if make is upernet else segformer(segments=False))
-    settings = {"sampler": "baoa", "num_cycles": 1, "samples_per_cycle": 3, "max_steps": 6, "learning_rate": 0.1}
+    settings = {
+        "sampler": "baoa",
+        "num_cycles": 1,
+        "samples_per_cycle": 3,
+        "max_steps": 6,
+        "learning_rate": 0.1,
+        "temperature": 100.0,
+    }
     settings |= {"prior_count": "labels", "prior_head_variance": 0.1, "batch_eval_metrics": True}
     settings |= {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 4}  # statistics: four pictures, and one alone
     trainer = PriorTrainer(
@@ -387,7 +394,7 @@ def test_sampled_segmentation_is_evaluated_by_its_average_without_ignored_pixels
     )
     trainer.train()
     found = trainer.evaluate(test)
-    states = [(s := member.load()).parameters | s.buffers for member in list_samples(trainer.samples_folder)]
+    states = [(s := member.read()).parameters | s.buffers for member in list_samples(trainer.samples_folder)]
     assert len(states) == 3
     expected, _ = by_hand(make, states, torch.stack([row["pixel_values"] for row in test]))
     labels = np.stack([row["labels"].numpy() for row in test])

@@ -48,6 +48,7 @@ from prior_hub import (
     PriorTrainerMixin,
     PriorTrainingArguments,
     PriorWarning,
+    SamplingArgumentsMixin,
     isotropic_prior,
 )
 
@@ -732,7 +733,7 @@ def test_settings_parse_from_the_command_line():
     words_of_the_sampler += " --exploration 0.25 --sampling_schedule constant --sampler_metric diagonal --chain 3"
     words_of_the_sampler += " --sample_batch_norm_batches 7"
     (sampling,) = parser.parse_args_into_dataclasses((words + words_of_the_sampler).split())
-    names = [f.name for f in dataclasses.fields(PriorArgumentsMixin) if not f.name.startswith("prior")]
+    names = [f.name for f in dataclasses.fields(SamplingArgumentsMixin)]
     assert [getattr(sampling, name) for name in names] == ["sghmc", 0.5, 0.2, 2, 5, 0.25, "constant", "diagonal", 3, 7]
     found = {k: v for k, v in vars(given).items() if k.startswith("prior")}
     assert found == {
