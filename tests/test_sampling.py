@@ -118,10 +118,10 @@ class Squares(TrainerCallback):
 @pytest.mark.parametrize(
     ("sampler", "metric", "rate", "temperature"),
     [
-        ("baoa", "full", 5.0, 1.0),
         ("baoa", "diagonal", 5.0, 0.25),
-        ("sghmc", "diagonal", 2.0, 1.0),
-        ("sgld", "diagonal", 2.0, 0.25),
+        pytest.param("baoa", "full", 5.0, 1.0, marks=pytest.mark.slow),
+        pytest.param("sghmc", "diagonal", 2.0, 1.0, marks=pytest.mark.slow),
+        pytest.param("sgld", "diagonal", 2.0, 0.25, marks=pytest.mark.slow),
     ],
 )
 def test_without_data_the_chain_of_the_trainer_has_the_priors_law(tmp_path, sampler, metric, rate, temperature):
@@ -175,6 +175,7 @@ def test_without_data_the_chain_of_the_trainer_has_the_priors_law(tmp_path, samp
     assert abs(float(head.mean()) - 1) < 5 * float(head.std() / math.sqrt(len(head))) + inflation / (1 - inflation)
 
 
+@pytest.mark.slow
 def test_at_temperature_0_the_trainer_comes_to_the_map_solution(tmp_path):
     """The gradient of NLL + penalty / N vanishes there: checked by autograd and a dense solve."""
     torch.manual_seed(0)
