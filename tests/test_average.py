@@ -1,7 +1,7 @@
 """Samples as files and their average: hand-computed, read back, at constant memory, and nothing of the model's own changed."""
 
-import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -133,13 +133,14 @@ def test_the_model_has_its_own_weights_statistics_and_modes_again(model, batches
 def test_one_member_at_a_time_is_in_memory(model, batches, tmp_path, monkeypatch):
     """However many there are: when one is read, the one before is gone."""
     stored(model, tmp_path, seeds=range(1, 9))
-    alive = []
+    alive, seen = [], []
     real = module.StoredSample.read
 
     def watched(self):
-        gc.collect()
-        alive.append(sum(type(o) is Sample for o in gc.get_objects()))
-        return real(self)
+        alive.append(sum(one() is not None for one in seen))
+        sample = real(self)
+        seen.append(weakref.ref(sample))
+        return sample
 
     monkeypatch.setattr(module.StoredSample, "read", watched)
     BayesianModelAverage.from_folder(tmp_path, model).predict(batches, progress=False)

@@ -417,6 +417,7 @@ def test_processes_that_save_into_one_folder_take_turns(found):
     assert found["writers"] == {"wrong": [], "left": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["readers", "lazy readers"])
 def test_a_reader_never_sees_a_mixture_or_an_error_while_another_process_saves(found, kind):
     result = found[kind]

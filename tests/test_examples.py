@@ -134,6 +134,7 @@ def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, 
         assert example.learn_prior(options, images).config.source["dataset"] == recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "segmentation.py"])
 def test_help_teaches(script, tmp_path):
     printed = run(script, "--help", folder=tmp_path)

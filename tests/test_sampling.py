@@ -571,6 +571,7 @@ def test_isotropic_priors_have_one_metric(tmp_path):
 # ------------------------------------------------------------------------------------------- what a reviewer broke, mended
 
 
+@pytest.mark.slow
 def test_a_stiff_prior_holds_in_every_exploration_with_trainers_default_clipping(tmp_path):
     """Clipping would leave the second exploration at the prior penalty of the samples, P T / 2."""
     seen = {}
