@@ -32,7 +32,7 @@ dataset = "{folder}/target"
 numbers = [20]
 steps = [2]
 batch_size = 8
-learning_rate = 0.02
+learning_rates = [0.02]
 augment = true
 
 [strengths]

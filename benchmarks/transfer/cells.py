@@ -40,10 +40,7 @@ class Cell:
     n: int
     seed: int
     strength: float  # weight decay, variance or scale
-
-    def key(self) -> tuple[Any, ...]:
-        """As it stands in the CSV."""
-        return (self.task, self.stage, self.method, self.n, self.seed, f"{self.strength:g}")
+    learning_rate: float  # the highest
 
 
 # ----------------------------------------------------------------------------------------------------------------- tasks
@@ -254,15 +251,19 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
     steps = 0 if cell.method == "frozen" else t["steps"][t["numbers"].index(cell.n)]
     settings: dict[str, Any] = {
         "max_steps": steps,
-        "learning_rate": t["learning_rate"],
+        "learning_rate": cell.learning_rate,
         "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": min(t["batch_size"], len(fit)),
+        "dataloader_drop_last": True,  # every step of one size, which is what a compiled model wants
         "seed": cell.seed,
         **extra,
     }
     set_seed(1000 + cell.seed)
     model, head_variance = task.model(prior, fit)
-    row: dict[str, Any] = {**asdict(cell), "strength": f"{cell.strength:g}", "head_variance": f"{head_variance:.3g}"}
+    row: dict[str, Any] = {**asdict(cell), "strength": f"{cell.strength:g}", "learning_rate": f"{cell.learning_rate:g}"}
+    row |= {"head_variance": f"{head_variance:.3g}"}
+    if t.get("compile", False):
+        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
     if steps == 0:  # the frozen features: where every method starts
         pass
     elif chosen is None:
@@ -271,6 +272,7 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
         head = {"prior_initialize": False, "prior_head_variance": head_variance}
         trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
         row["update"] = trainer.prior_update
+    vars(model).pop("forward", None)  # to measure with batches of another size
     row.setdefault("update", "")
     seconds = time.perf_counter() - began
     row |= {k: f"{v:.5f}" for k, v in measure(model, validation if validation is not None else task.test()).items()}

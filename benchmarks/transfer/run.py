@@ -5,16 +5,18 @@
     python benchmarks/transfer/run.py benchmarks/transfer/cifar.toml --only n=500 method="low rank" seed=1 --again
 
 A cell is one fine-tuning; its row is appended to results/CONFIG.csv as soon as it ends, and a row that is there is not run
-again, so that the grid can be stopped at any time and goes on where it was. Stages: `tune` (every candidate of every method
-on four fifths of the first seed's n images, measured on the fifth), `final` (the candidate with the lowest validation NLL,
-on all n images of every seed, measured once on the test set), `oracle` (candidates measured on the test set: only to say what
-a choice on validation data misses). Nothing chosen depends on a test image.
+again, so that the grid can be stopped at any time and goes on where it was. Stages: `tune` (every candidate of every method,
+a strength and a learning rate, on four fifths of the first seed's n images, measured on the fifth), `final` (the candidate
+with the lowest validation NLL, on all n images of every seed, measured once on the test set), `oracle` (strengths at the
+chosen learning rate measured on the test set: only to say what a choice on validation data misses). Nothing chosen depends on
+a test image.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import os
 import platform
@@ -26,11 +28,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 COLUMNS = (
-    *("task", "stage", "method", "n", "seed", "strength"),
+    *("task", "stage", "method", "n", "seed", "strength", "learning_rate"),
     *("accuracy", "nll", "ece", "source_accuracy", "source_nll"),
     *("head_variance", "update", "steps", "seconds", "threads", "torch", "machine"),
 )
-KEY = ("stage", "method", "n", "seed", "strength")
+KEY = ("stage", "method", "n", "seed", "strength", "learning_rate")
+NUMBERS = ("strength", "learning_rate")
+Candidate = tuple[float, float]  # strength, learning rate
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -43,7 +47,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
     """What identifies a row."""
-    return tuple(f"{float(row[k]):g}" if k == "strength" else str(row[k]) for k in KEY)
+    return tuple(f"{float(row[k]):g}" if k in NUMBERS else str(row[k]) for k in KEY)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -57,34 +61,48 @@ def append(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def chosen(rows: list[dict[str, str]], method: str, n: int, candidates: list[float]) -> float | None:
+def candidates(config: dict[str, Any], method: str) -> list[Candidate]:
+    """As many for each method."""
+    return list(itertools.product(config["strengths"][method], config["target"]["learning_rates"]))
+
+
+def chosen(rows: list[dict[str, str]], method: str, n: int, tried: list[Candidate]) -> Candidate | None:
     """The candidate with the lowest validation NLL; None while one is missing."""
     scores = {
-        float(r["strength"]): float(r["nll"])
+        (float(r["strength"]), float(r["learning_rate"])): float(r["nll"])
         for r in rows
-        if r["stage"] == "tune" and r["method"] == method and int(r["n"]) == n and float(r["strength"]) in candidates
+        if r["stage"] == "tune" and r["method"] == method and int(r["n"]) == n
     }
-    return min(scores, key=scores.__getitem__) if len(scores) == len(candidates) else None
+    return min(tried, key=scores.__getitem__) if all(c in scores for c in tried) else None
 
 
 def cells(config: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     """Every cell that can be named now (finals once their candidates are known), small training sets first."""
     for n in config["target"]["numbers"]:
-        for method, candidates in config["strengths"].items():
-            for strength in candidates:
-                yield {"stage": "tune", "method": method, "n": n, "seed": config["seeds"][0], "strength": strength}
+        first = config["seeds"][0]
+        for method in config["strengths"]:
+            for strength, rate in candidates(config, method):
+                yield {**cell("tune", method, n, first), "strength": strength, "learning_rate": rate}
         for seed in config["seeds"]:
-            yield {"stage": "final", "method": "frozen", "n": n, "seed": seed, "strength": 0.0}
-            for method, candidates in config["strengths"].items():
-                strength = chosen(rows, method, n, candidates)
-                if strength is not None:
-                    yield {"stage": "final", "method": method, "n": n, "seed": seed, "strength": strength}
+            yield {**cell("final", "frozen", n, seed), "strength": 0.0, "learning_rate": 0.0}
+            for method in config["strengths"]:
+                if best := chosen(rows, method, n, candidates(config, method)):
+                    yield {**cell("final", method, n, seed), "strength": best[0], "learning_rate": best[1]}
         for method, strengths in config.get("oracle", {}).items():
             if method == "seeds":
                 continue
-            for seed in config["oracle"]["seeds"]:
-                for strength in strengths:
-                    yield {"stage": "oracle", "method": method, "n": n, "seed": seed, "strength": strength}
+            tuned = method in config["strengths"]
+            best = (
+                chosen(rows, method, n, candidates(config, method)) if tuned else (0.0, config["target"]["learning_rates"][0])
+            )
+            for seed, strength in itertools.product(config["oracle"]["seeds"], strengths):
+                if best is not None:
+                    yield {**cell("oracle", method, n, seed), "strength": strength, "learning_rate": best[1]}
+
+
+def cell(stage: str, method: str, n: int, seed: int) -> dict[str, Any]:
+    """What a cell is called, but for the candidate."""
+    return {"stage": stage, "method": method, "n": n, "seed": seed}
 
 
 def matches(cell: dict[str, Any], only: list[str]) -> bool:
@@ -93,7 +111,7 @@ def matches(cell: dict[str, Any], only: list[str]) -> bool:
         name, _, value = pair.partition("=")
         if name not in KEY:
             raise SystemExit(f"--only {pair}: the names are {', '.join(KEY)}.")
-        if name == "strength":
+        if name in NUMBERS:
             if float(value) != cell[name]:
                 return False
         elif value != str(cell[name]):
@@ -106,11 +124,11 @@ def work(job: tuple[dict[str, Any], dict[str, Any], str, int]) -> dict[str, Any]
     import cells as grid
     import torch
 
-    cell, config, folder, threads = job
+    one, config, folder, threads = job
     torch.set_num_threads(threads)
     if folder not in _TASKS:
         _TASKS[folder] = grid.TASKS[config["task"]](config, Path(folder))
-    row = grid.run_cell(grid.Cell(task=config["task"], **cell), config, _TASKS[folder])
+    row = grid.run_cell(grid.Cell(task=config["task"], **one), config, _TASKS[folder])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
     return row | {"threads": threads, "torch": torch.__version__, "machine": device}
 
@@ -136,12 +154,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.list:
         done = {key(row) for row in read(results)}
-        for cell in cells(config, read(results)):
-            if matches(cell, options.only):
-                print("done   " if key(cell) in done else "missing", *cell.values())
+        for one in cells(config, read(results)):
+            if matches(one, options.only):
+                print("done   " if key(one) in done else "missing", *one.values())
         return
     sys.path.insert(0, str(HERE))
-    again = [cell for cell in cells(config, read(results)) if options.again and matches(cell, options.only)]
+    again = [c for c in cells(config, read(results)) if options.again and matches(c, options.only)]
     if again:
         kept = [row for row in read(results) if key(row) not in {key(c) for c in again}]
         results.unlink(missing_ok=True)
@@ -156,10 +174,10 @@ def main(arguments: list[str] | None = None) -> None:
             missing = [c for c in cells(config, read(results)) if key(c) not in done and matches(c, options.only)]
             if not missing:
                 break
-            jobs = [(cell, config, folder, options.threads) for cell in missing]
+            jobs = [(one, config, folder, options.threads) for one in missing]
             for number, row in enumerate(pool.imap_unordered(work, jobs), 1):
                 append(results, row)
-                told = f"{row['stage']} {row['method']} n={row['n']} seed={row['seed']} {row['strength']}"
+                told = ", ".join(f"{name} {row[name]}" for name in KEY)
                 print(
                     f"[{number}/{len(jobs)}] {told}: accuracy {row['accuracy']}, NLL {row['nll']} ({row['seconds']} s)",
                     flush=True,
