@@ -45,6 +45,8 @@ _LAZY = {
     "SGLD": "prior_hub.inference.sgld",
     "SamplingArgumentsMixin": "prior_hub.finetuning.arguments",
     "SamplingScheduler": "prior_hub.inference.schedule",
+    "ScaleChoice": "prior_hub.finetuning.scale",
+    "ScaleTrial": "prior_hub.finetuning.scale",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
     "TemperatureScaling": "prior_hub.inference.metrics",
@@ -56,7 +58,9 @@ _LAZY = {
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
+    "scale_ladder": "prior_hub.finetuning.scale",
     "segmentation_metrics": "prior_hub.inference.metrics",
+    "select_scale": "prior_hub.finetuning.scale",
     "write_sample": "prior_hub.inference.samples",
 }
 
@@ -89,6 +93,8 @@ __all__ = [
     "ProximalStep",
     "SamplingArgumentsMixin",
     "SamplingScheduler",
+    "ScaleChoice",
+    "ScaleTrial",
     "SwagCallback",
     "SwagEstimator",
     "TemperatureScaling",
@@ -101,7 +107,9 @@ __all__ = [
     "match_parameters",
     "push_prior_to_hub",
     "recompute_batch_norm",
+    "scale_ladder",
     "segmentation_metrics",
+    "select_scale",
     "write_sample",
 ]
 
@@ -109,6 +117,7 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.arguments import PriorArgumentsMixin, PriorTrainingArguments, SamplingArgumentsMixin
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
+    from prior_hub.finetuning.scale import ScaleChoice, ScaleTrial, scale_ladder, select_scale
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
     from prior_hub.inference.average import AveragedPrediction, BayesianModelAverage
     from prior_hub.inference.baoa import BAOA, BoundGaussian

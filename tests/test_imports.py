@@ -27,6 +27,7 @@ ORDER = [
 TRANSFORMERS = {
     "prior_hub.finetuning.trainer",
     "prior_hub.finetuning.arguments",
+    "prior_hub.finetuning.scale",
     "prior_hub.learning.callback",
     "prior_hub.demo",
 }

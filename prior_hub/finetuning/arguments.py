@@ -20,10 +20,11 @@ class PriorArgumentsMixin:
 
     Attributes:
         prior: Hub name or folder of the prior; `PriorTrainer(prior=...)` wins over it.
-        prior_scale: scale of the prior's covariance; the stored one when None.
+        prior_scale: scale of the prior's covariance; the stored one when None; "auto": chosen by a rehearsal before the
+            training, which holds out a fifth of the training set and takes about as long as the training itself.
         prior_rank: use only this many deviations; all when None, 0 for a diagonal prior.
         prior_head_variance: variance of the zero-mean prior over parameters the prior does not know; None leaves them to
-            weight_decay, or is 1 with a sampler.
+            weight_decay, or is 1 with a sampler; "auto": chosen by the rehearsal.
         prior_update: how the prior enters a step: "gradient" (added to the data's gradient), "implicit" (a step of its own
             after the optimizer's, stable at any scale and learning rate, with the same solution), or "auto": implicit where
             a gradient step would overshoot.
@@ -46,18 +47,21 @@ class PriorArgumentsMixin:
     prior: str | None = field(
         default=None, metadata={"help": "Hub name (organisation/name) or folder of the prior to fine-tune under."}
     )
-    prior_scale: float | None = field(
+    prior_scale: float | str | None = field(  # in this order: HfArgumentParser reads text
         default=None,
-        metadata={"help": "Scale of the prior's covariance: larger lets the data move the weights more. Default: as stored."},
+        metadata={
+            "help": "Scale of the prior's covariance: larger lets the data move the weights more. 'auto': chosen by a "
+            "rehearsal with a fifth of the training set held out, about as long as the training. Default: as stored."
+        },
     )
     prior_rank: int | None = field(
         default=None, metadata={"help": "Use only this many deviations of the prior (0: its diagonal). Default: all."}
     )
-    prior_head_variance: float | None = field(
+    prior_head_variance: float | str | None = field(
         default=None,
         metadata={
-            "help": "Variance of the zero-mean prior over new parameters (the head). Default: weight_decay acts on them "
-            "(with a sampler: 1)."
+            "help": "Variance of the zero-mean prior over new parameters (the head). 'auto': chosen by the rehearsal. Default: "
+            "weight_decay acts on them (with a sampler: 1)."
         },
     )
     prior_update: str = field(

@@ -180,6 +180,26 @@ class PriorPenalty:
         """
         return ProximalStep(self, optimizer)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there are parameters under the head prior."""
+        return bool(self._head)
+
+    def rescale(self, scale: float | None = None, *, head_variance: float | None = None) -> None:
+        """Go on with another scale, or another variance of the head prior (only where there is one already).
+
+        Raises:
+            ValueError: not positive, or there is no head prior.
+        """
+        if scale is not None:
+            self.gaussian = self.gaussian.rescaled(scale)
+        if head_variance is not None:
+            if self.head_variance is None:
+                raise ValueError("there is no head prior to change: make the penalty with a head_variance.")
+            if not (head_variance > 0 and math.isfinite(head_variance)):
+                raise ValueError(f"head_variance is {head_variance}, expected a finite number > 0.")
+            self.head_variance = head_variance
+
     def trained_parameters(self) -> dict[str, Tensor]:
         """Trainable parameters under the prior or the head prior, by canonical name."""
         return {name: self._parameters[name] for name in self._trained} | self._head

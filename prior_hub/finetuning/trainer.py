@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from prior_hub.distributed import reshard
@@ -32,8 +33,17 @@ from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.arguments import SamplingArgumentsMixin
 from prior_hub.finetuning.counting import COUNTS, count_labels
 from prior_hub.finetuning.penalty import PriorPenalty
-from prior_hub.finetuning.proximal import UPDATES, ProximalStep, chosen_update, highest_rate
+from prior_hub.finetuning.proximal import UPDATES, ProximalStep, can_step_implicitly, chosen_update, highest_rate
 from prior_hub.finetuning.sampling import DEFAULT_HEAD_VARIANCE, Sampling
+from prior_hub.finetuning.scale import (
+    AUTO,
+    ScaleChoice,
+    number_or_auto,
+    read_choice,
+    refuse_impossible_search,
+    walk,
+    write_choice,
+)
 from prior_hub.inference.average import (
     BayesianModelAverage,
     averaged,
@@ -129,6 +139,8 @@ class PriorTrainerMixin(_TrainerBase):
         self.prior: PriorModel | None = None
         self.prior_penalty: PriorPenalty | None = None
         self.prior_update: str | None = None
+        self.prior_scale_choice: ScaleChoice | None = None  # what prior_scale="auto" came to
+        self._searching = False  # for the scale
         self._proximal: ProximalStep | None = None
         self._nll_total: Tensor | None = None
         self._prior_total: Tensor | None = None
@@ -150,6 +162,7 @@ class PriorTrainerMixin(_TrainerBase):
             own.seed += self.sampling.chain
             args, kwargs = _with_settings(own, args, kwargs)
         super().__init__(*args, **kwargs)
+        self._given_optimizer = self.optimizer is not None
         if self.prior is None:
             if self.sampling is not None:
                 raise ValueError(
@@ -170,6 +183,8 @@ class PriorTrainerMixin(_TrainerBase):
             self.prior.initialize(self.model, **self._matching())
         logger.info(f"Prior: {penalty.report()}")
         self.add_callback(_BindPrior(self))
+        if self._asked_for("prior_scale") or self._asked_for("prior_head_variance"):
+            refuse_impossible_search(self)
         if self.sampling is not None:
             self.add_callback(_TakeSamples(self))
 
@@ -178,7 +193,19 @@ class PriorTrainerMixin(_TrainerBase):
     @property
     def _prior_settings(self) -> dict[str, Any]:
         """Read anew each time: a hyperparameter search writes into `self.args` between two runs."""
-        return {key: getattr(self.args, key, default) for key, default in _DEFAULTS.items()}
+        settings = {key: getattr(self.args, key, default) for key, default in _DEFAULTS.items()}
+        choice = self.prior_scale_choice
+        for key, chosen, before in (
+            ("prior_scale", choice and choice.scale, None),
+            ("prior_head_variance", choice and choice.head_variance, DEFAULT_HEAD_VARIANCE),
+        ):
+            value = number_or_auto(settings[key], key)
+            settings[key] = (before if choice is None else chosen) if value == AUTO else value
+        return settings
+
+    def _asked_for(self, key: str) -> bool:
+        """Whether a setting is to be chosen by the trainer."""
+        return bool(number_or_auto(getattr(self.args, key, None), key) == AUTO)
 
     def _load_prior(self, prior: str | os.PathLike[str] | PriorModel, token: str | None) -> PriorModel:
         if isinstance(prior, PriorModel):
@@ -328,14 +355,50 @@ class PriorTrainerMixin(_TrainerBase):
                 )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer; the prior leaves the optimizer when training ends, however it ends."""
+        """As Trainer; with `prior_scale="auto"` a rehearsal before it chooses the scale (see `ScaleChoice`).
+
+        The prior leaves the optimizer when training ends, however it ends.
+        """
         self._written = set()
         if self._sampler() is not None and self._schedule is not None:
             self.optimizer = self.lr_scheduler = None  # made anew, from the settings as they are now
+        if self.prior is not None:
+            resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+            trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
+            self._choose_scale(resumed, trial)
+        return self._train_as_it_is(*args, **kwargs)
+
+    def _train_as_it_is(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
         finally:
             self._detach()
+
+    def _choose_scale(self, resumed: str | bool | None, trial: Any) -> None:
+        """What "auto" comes to in the training that is about to begin."""
+        auto, auto_head = self._asked_for("prior_scale"), self._asked_for("prior_head_variance")
+        self.prior_scale_choice = None
+        if not (auto or auto_head) or trial is not None:  # a search's trial may still set a number: see _begin
+            return
+        if resumed:
+            folder = get_last_checkpoint(self.args.output_dir) if resumed is True else resumed
+            self.prior_scale_choice = None if folder is None else read_choice(folder)
+            if self.prior_scale_choice is None:
+                raise ValueError(
+                    f"training resumes from {folder}, which does not say which scale prior_scale='auto' had chosen "
+                    "(prior_scale.json is missing): pass the number."
+                )
+        else:
+            scale = None if auto else self._prior_settings["prior_scale"]
+            given = self.prior_penalty.gaussian.scale if self.prior_penalty is not None else None
+            self.prior_scale_choice = walk(
+                self, scale=None if auto else scale or given, auto_head=auto_head, train=self._train_as_it_is
+            )
+            if self.is_world_process_zero():
+                write_choice(self.args.output_dir, self.prior_scale_choice)
+                if logging.get_verbosity() <= logging.WARNING:
+                    logger.warning_advice(f"prior_scale='auto': {self.prior_scale_choice.report()}")
+        self._bind()  # which parameters are under the head prior is asked before training begins
 
     # --------------------------------------------------------------------------------------------------- the one seam
 
@@ -408,14 +471,23 @@ class PriorTrainerMixin(_TrainerBase):
         penalty = self._bind()
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         asked = self._prior_settings["prior_update"]
+        if self.prior_scale_choice is None and (self._asked_for("prior_scale") or self._asked_for("prior_head_variance")):
+            raise ValueError(
+                "prior_scale='auto' (or prior_head_variance='auto') does not go into the trials of a hyperparameter search: "
+                "let the search set a number, e.g. trial.suggest_float('prior_scale', 1e0, 1e6, log=True)."
+            )
         if self.sampling is not None:
             self._begin_sampling(penalty, optimizer)
             return
+        if self._searching and asked == "auto":  # priors of all scales follow
+            asked = "implicit" if can_step_implicitly(optimizer) else "gradient"
         self.prior_update, reason = chosen_update(asked, penalty, optimizer)
         if asked == "auto" and self.is_world_process_zero() and logging.get_verbosity() <= logging.WARNING:
             logger.warning_advice(f"prior_update='auto' takes the {self.prior_update} form: {reason}.")
         if self.prior_update == "implicit":
             self._proximal = penalty.attach(optimizer)
+            return
+        if self._searching:  # leaves out what would be unstable
             return
         penalty.warn_if_unstable(highest_rate(optimizer))
 
@@ -821,6 +893,14 @@ class _BindPrior(TrainerCallback):
         """Trainer's event."""
         del args, state, control, kwargs
         self._trainer._begin()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event: a run that goes on from the checkpoint keeps the scale."""
+        del control, kwargs
+        choice = self._trainer.prior_scale_choice
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if choice is not None and state.is_world_process_zero and folder.is_dir():
+            write_choice(folder, choice)
 
 
 class _TakeSamples(TrainerCallback):

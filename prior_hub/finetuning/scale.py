@@ -1,0 +1,531 @@
+"""How wide a prior should be, found on a held-out part of the training set.
+
+    width = tr(Sigma) / |mean|^2        expected squared distance of a draw from the mean, against the squared norm of the mean
+
+`prior_scale="auto"`: a rehearsal before the training, with a fifth of the training set held out. The prior begins so narrow
+(width 1e-3) that the weights stay where they are, and is widened by half decades to a width of 1e3, where it is practically
+none. Every rung goes on from the weights of the last one, at a constant learning rate, and ends with the NLL of the held-out
+examples: a regularisation path. The scale with the lowest NLL (smoothed over neighbours) is taken, the weights are put back,
+and the training itself runs on all examples. It costs about as much as the training, whatever the number of rungs.
+
+`prior_head_variance="auto"` does the same with the variance of the new parameters, before, under the narrowest prior.
+
+`select_scale`: the grid of the literature. Every candidate is a whole training on four fifths, measured on the fifth.
+
+A joint MAP estimate of weights and scale is degenerate (the scale goes to 0 as the weights go to the mean), and the moment and
+evidence estimates of the model linearised at the mean do not see what fine-tuning gains: benchmarks/transfer/README.md.
+
+Source: the path is that of Friedman, Hastie and Tibshirani 2010 (glmnet), section 2.5, run from strong to weak regularisation.
+Differs: for each rung a few steps of the user's own optimizer, not a solution.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, Subset
+from tqdm.auto import tqdm
+from transformers import DefaultFlowCallback, TrainerCallback
+from transformers.utils import logging
+
+from prior_hub.distributed import is_sharded
+from prior_hub.errors import PriorFormatError, PriorNumericsError
+from prior_hub.finetuning.proximal import highest_rate
+from prior_hub.priors.gaussian import LowRankGaussian
+
+if TYPE_CHECKING:
+    from prior_hub.finetuning.trainer import PriorTrainerMixin
+
+__all__ = ["AUTO", "ScaleChoice", "ScaleTrial", "number_or_auto", "scale_ladder", "select_scale"]
+
+logger = logging.get_logger(__name__)
+
+AUTO = "auto"
+FILE_NAME = "prior_scale.json"
+WIDTHS = (1e-3, 1e3)
+HEAD_VARIANCES = tuple(10 ** (k / 2) for k in range(-5, 3))  # 0.003 to 10
+PER_DECADE = 2
+STEPS_PER_RUNG = (8, 100)  # at least and at most
+
+
+@dataclass(frozen=True)
+class ScaleTrial:
+    """One candidate: its scale, the variance of the head prior (None: there was none), the held-out NLL in nats per example."""
+
+    scale: float
+    head_variance: float | None
+    nll: float
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """What was tried and what was taken.
+
+    Attributes:
+        scale: the chosen scale.
+        head_variance: the chosen, or given, variance of the head prior; None without one.
+        trials: in the order in which they were measured.
+        held_out: examples held out.
+        num_examples: N while they were.
+        method: "path" (`prior_scale="auto"`) or "grid" (`select_scale`).
+        steps: optimizer steps that the search took.
+    """
+
+    scale: float
+    head_variance: float | None
+    trials: tuple[ScaleTrial, ...]
+    held_out: int
+    num_examples: int
+    method: str
+    steps: int
+
+    def report(self) -> str:
+        """One or two sentences for a log."""
+        scales = sorted({t.scale for t in self.trials})
+        best = min(t.nll for t in self.trials)
+        told = (
+            f"scale {self.scale:.4g} of {len(scales)} from {scales[0]:.3g} to {scales[-1]:.3g} "
+            f"(lowest NLL {best:.4f} nats on {self.held_out} held-out examples"
+        )
+        told += "" if self.head_variance is None else f"; head variance {self.head_variance:.3g}"
+        told += ")"
+        if len(scales) > 1 and self.scale == scales[-1]:
+            told += ". It is the widest one: these data do not ask for this prior, and plain fine-tuning may do as well"
+        elif len(scales) > 1 and self.scale == scales[0]:
+            told += ". It is the narrowest one: on so few examples the weights should hardly leave the prior's mean"
+        return told + "."
+
+    def to_json(self) -> str:
+        """As text; `from_json` reads it back exactly."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ScaleChoice:
+        """Read what `to_json` wrote.
+
+        Raises:
+            PriorFormatError: it is something else.
+        """
+        try:
+            found = json.loads(text)
+            trials = tuple(ScaleTrial(**trial) for trial in found.pop("trials"))
+            return cls(**found, trials=trials)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PriorFormatError(f"{FILE_NAME} is not what prior_scale='auto' wrote: {error}") from error
+
+
+def number_or_auto(value: float | str | None, name: str) -> float | str | None:
+    """A setting that may be a number, "auto" or None; a number may come as text (command line, hyperparameter search).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None or value == AUTO:
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("none", ""):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}, expected a number > 0, 'auto' or None.") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} is {value!r}, expected a finite number > 0, 'auto' or None.")
+    return number
+
+
+def scale_ladder(
+    gaussian: LowRankGaussian, *, widths: tuple[float, float] = WIDTHS, per_decade: int = PER_DECADE
+) -> list[float]:
+    """Scales from narrow to wide, evenly spaced in their logarithm.
+
+    Args:
+        gaussian: the prior, over the parameters that are trained.
+        widths: of the narrowest and the widest: expected squared distance of a draw from the mean / squared norm of the mean.
+        per_decade: scales for each factor of 10.
+
+    Raises:
+        ValueError: the mean is zero, or nothing but eps spreads the prior, so that the scale has no meaning.
+    """
+    unit = gaussian.rescaled(1.0)
+    spread = sum(float((v.double() - unit.eps).sum()) for v in unit.marginal_variance().values())
+    norm = sum(float(m.double().square().sum()) for m in unit.mean.values())
+    if not norm > 0:
+        raise ValueError(
+            "the prior's mean is zero, so that there is no natural range of scales: pass scales=[...] or a number."
+        )
+    if not spread > 0:
+        raise ValueError("the prior's spread is its eps alone, which prior_scale does not change.")
+    low, high = widths
+    rungs = max(2, round(per_decade * math.log10(high / low)) + 1)
+    return [low * (high / low) ** (k / (rungs - 1)) * norm / spread for k in range(rungs)]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Each value and its neighbours, weights 1/4, 1/2, 1/4; the ends count twice for what is beyond them."""
+    padded = [values[0], *values, values[-1]]
+    return [0.25 * a + 0.5 * b + 0.25 * c for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)]
+
+
+def held_out_split(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """(the rest, the held-out part): a random share, the same for the same seed.
+
+    Raises:
+        ValueError: the data set has no length, or is too small.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"held_out is {share}, expected a share between 0 and 1.")
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "a part of the training set has to be held out to choose the scale, and this one has no length: pass "
+            "prior_scale as a number."
+        )
+    count = len(dataset)
+    held = round(share * count)
+    if held < 5 or count - held < 5:
+        raise ValueError(
+            f"{count} training examples are too few to hold out a share of {share:g} and choose the scale by it: pass "
+            "prior_scale as a number (a larger one lets the data move the weights more)."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    rest, out = sorted(order[held:]), sorted(order[:held])
+    if hasattr(dataset, "select") and hasattr(dataset, "column_names"):  # datasets.Dataset: keeps its columns and formats
+        return dataset.select(rest), dataset.select(out)
+    return Subset(dataset, rest), Subset(dataset, out)
+
+
+# ------------------------------------------------------------------------------------------------------------ rehearsals
+
+
+def training_steps(trainer: PriorTrainerMixin) -> int:
+    """Optimizer steps that `trainer.train()` will take."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    window: int = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return max(1, math.ceil(float(args.num_train_epochs) * max(1, math.ceil(_length(trainer.train_dataset) / window))))
+
+
+def _length(dataset: Any) -> int:
+    return len(dataset)
+
+
+@contextmanager
+def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerCallback], **settings: Any) -> Iterator[None]:
+    """Within, `trainer` trains on `dataset` with other settings, and nobody hears of it; afterwards all is as it was.
+
+    Put back: weights and buffers, random states, arguments, callbacks, state, optimizer, scheduler, loss scaler.
+    """
+    names = (
+        "args",
+        "train_dataset",
+        "optimizer",
+        "lr_scheduler",
+        "state",
+        "control",
+        "_train_batch_size",
+        "_created_lr_scheduler",
+    )
+    kept = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
+    handler = trainer.callback_handler
+    heard, loaders = handler.callbacks, (handler.train_dataloader, handler.eval_dataloader)
+    fresh = trainer.model_init is not None  # train() will make a new model anyway
+    weights = None if fresh else {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+    needed = None if fresh else {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+    states = _random_states()
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    scaling = scaler.state_dict() if scaler is not None else None
+    args: Any = copy.copy(trainer.args)
+    quiet = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "eval_on_start": False}
+    quiet |= {"load_best_model_at_end": False, "push_to_hub": False, "logging_first_step": False}
+    for name, value in (quiet | settings).items():
+        setattr(args, name, value)
+    given = args.prior_num_examples if hasattr(args, "prior_num_examples") else None
+    if given is not None:
+        args.prior_num_examples = max(1, round(given * len(dataset) / len(trainer.train_dataset)))
+    own = [c for c in heard if type(c).__module__.startswith("prior_hub.finetuning")]
+    try:
+        trainer.args, trainer.train_dataset = args, dataset
+        trainer.control = copy.copy(trainer.control)
+        trainer.optimizer = trainer.lr_scheduler = None
+        handler.callbacks = [DefaultFlowCallback(), *own, *callbacks]
+        trainer._bind()
+        yield
+    finally:
+        handler.callbacks = heard
+        handler.train_dataloader, handler.eval_dataloader = loaders
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+        for name in ("optimizer", "lr_scheduler"):
+            setattr(handler, name, getattr(trainer, name))
+        if weights is not None and needed is not None:
+            trainer.model.load_state_dict(weights)
+            trainer.model.zero_grad(set_to_none=True)
+            for name, parameter in trainer.model.named_parameters():
+                parameter.requires_grad_(needed[name])
+            trainer.model_wrapped = trainer.model
+        if scaler is not None:
+            scaler.load_state_dict(scaling)
+        trainer._reset_totals()
+        _put_random_states(states)
+
+
+def _random_states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002  # Trainer seeds this one
+
+
+def _put_random_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+def held_out_nll(trainer: PriorTrainerMixin, loader: Any) -> float:
+    """Mean loss over the held-out examples, in nats."""
+    output = trainer.evaluation_loop(loader, "held-out part", prediction_loss_only=True, metric_key_prefix="held_out")
+    return float(output.metrics["held_out_loss"])
+
+
+def refuse_impossible_search(trainer: PriorTrainerMixin) -> None:
+    """Where a rehearsal cannot be put back, or would not say what is asked."""
+    if trainer.sampling is not None:
+        raise ValueError(
+            "prior_scale='auto' chooses the scale of a MAP fine-tuning, with that one's learning rate: find it by a run "
+            "without a sampler, and pass the number to the sampler's run."
+        )
+    if trainer.is_fsdp_enabled or any(is_sharded(p) for p in trainer.model.parameters()):
+        raise ValueError("prior_scale='auto' does not work with a sharded model: find the scale on one device or with DDP.")
+    if trainer._given_optimizer:
+        raise ValueError(
+            "the scale is chosen by a rehearsal with an optimizer of its own, and this trainer was given one: pass "
+            "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}) instead."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- the path
+
+
+class _Walk(TrainerCallback):
+    """Widens the prior rung by rung while the trainer trains, and measures at the end of each."""
+
+    def __init__(self, trainer: PriorTrainerMixin, loader: Any, ladder: list[float], heads: list[float], each: int) -> None:
+        self.trainer, self.loader, self.each = trainer, loader, each
+        self.ladder, self.heads = ladder, heads
+        self.trials: list[ScaleTrial] = []
+        self.head_trials: list[ScaleTrial] = []
+        self.bar: Any = None
+
+    @property
+    def rungs(self) -> int:
+        return len(self.heads) + len(self.ladder)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del control, kwargs
+        self._leave_out_what_overshoots()
+        self.bar = tqdm(
+            total=self.rungs, desc="looking for the prior's scale", disable=args.disable_tqdm or not state.is_local_process_zero
+        )
+        self._set(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del args, kwargs
+        if state.global_step % self.each:
+            return
+        done = state.global_step // self.each
+        trainer = self.trainer
+        penalty = trainer.prior_penalty
+        assert penalty is not None  # noqa: S101
+        nll = held_out_nll(trainer, self.loader)
+        trial = ScaleTrial(penalty.gaussian.scale, penalty.head_variance, nll if math.isfinite(nll) else math.inf)
+        (self.head_trials if done <= len(self.heads) else self.trials).append(trial)
+        self.bar.set_postfix_str(f"scale {trial.scale:.2g}, NLL {nll:.4f}")
+        self.bar.update()
+        if done < self.rungs and math.isfinite(nll):
+            self._set(done)
+        else:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's event."""
+        del args, state, control, kwargs
+        self.bar.close()
+
+    def _leave_out_what_overshoots(self) -> None:
+        """Without an implicit step the narrowest priors are too stiff for the learning rate."""
+        trainer = self.trainer
+        penalty = trainer.prior_penalty
+        assert penalty is not None  # noqa: S101
+        if trainer.prior_update != "gradient":
+            return
+        rate = highest_rate(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+        stable = []
+        for scale in self.ladder:
+            penalty.rescale(scale)
+            if rate * penalty.curvature() <= 2:
+                stable.append(scale)
+        if not stable:
+            raise ValueError(
+                f"a gradient step of the prior overshoots at every scale from {self.ladder[0]:.3g} to {self.ladder[-1]:.3g} "
+                f"with learning rate {rate:g}: use SGD, Adam or AdamW with prior_update='auto', or a lower learning rate."
+            )
+        self.ladder = stable
+
+    def _set(self, rung: int) -> None:
+        penalty = self.trainer.prior_penalty
+        assert penalty is not None  # noqa: S101
+        if rung < len(self.heads):
+            penalty.rescale(self.ladder[0], head_variance=self.heads[rung])
+            return
+        if rung == len(self.heads) and self.heads:
+            penalty.rescale(self.ladder[0], head_variance=best(self.head_trials).head_variance)
+        penalty.rescale(self.ladder[rung - len(self.heads)])
+
+
+def best(trials: Sequence[ScaleTrial]) -> ScaleTrial:
+    """The trial with the lowest smoothed NLL.
+
+    Raises:
+        PriorNumericsError: none has a finite one.
+    """
+    finite = [t for t in trials if math.isfinite(t.nll)]
+    if not finite:
+        raise PriorNumericsError(
+            "the held-out loss is not finite under the narrowest prior already: lower the learning rate, or look for NaN in "
+            "the data."
+        )
+    scores = smoothed([t.nll for t in finite])
+    return finite[scores.index(min(scores))]
+
+
+def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, train: Callable[[], Any]) -> ScaleChoice:
+    """`prior_scale="auto"` and `prior_head_variance="auto"`; leaves the trainer as it was.
+
+    Args:
+        trainer: with its prior bound.
+        scale: the given scale, if only the head's variance is asked for; None for a ladder.
+        auto_head: whether the head's variance is asked for.
+        train: the inner Trainer's `train`.
+    """
+    refuse_impossible_search(trainer)
+    rest, held = held_out_split(trainer.train_dataset, 0.2, trainer.args.seed)
+    steps = training_steps(trainer)
+    penalty = trainer.prior_penalty
+    assert penalty is not None  # noqa: S101
+    ladder = scale_ladder(penalty.gaussian) if scale is None else [scale]
+    heads = list(HEAD_VARIANCES) if auto_head and penalty.has_head else []
+    each = min(max(steps // (len(ladder) + len(heads)), STEPS_PER_RUNG[0]), STEPS_PER_RUNG[1])
+    callback = _Walk(trainer, None, ladder, heads, each)
+    settings = {
+        "max_steps": each * callback.rungs,
+        "lr_scheduler_type": "constant_with_warmup",
+        "lr_scheduler_kwargs": {},
+        "warmup_steps": max(1, each // 2),
+        "prior_scale": ladder[0],
+        "prior_head_variance": heads[0] if heads else penalty.head_variance,
+    }
+    with rehearsal(trainer, rest, [callback], **settings):
+        callback.loader = trainer.get_eval_dataloader(held)
+        num_examples = trainer._num_examples()
+        trainer._searching = True
+        try:
+            train()
+        finally:
+            trainer._searching = False
+    head = penalty.head_variance
+    if heads:
+        head = best(callback.head_trials).head_variance
+    trials = (*callback.head_trials, *callback.trials)
+    return ScaleChoice(best(callback.trials).scale, head, trials, len(held), num_examples, "path", len(trials) * each)
+
+
+# --------------------------------------------------------------------------------------------------------------- the grid
+
+
+def select_scale(
+    trainer: PriorTrainerMixin,
+    scales: Sequence[float] | None = None,
+    *,
+    head_variances: Sequence[float] | None = None,
+    held_out: float = 0.2,
+) -> ScaleChoice:
+    """The scale with the lowest NLL on a held-out part of the training set: one whole training for every candidate.
+
+        choice = select_scale(trainer, [1e2, 1e3, 1e4])
+        trainer.args.prior_scale = choice.scale
+        trainer.train()
+
+    The thorough, expensive form of `prior_scale="auto"`, and the protocol of the literature (validation NLL on a fifth). The
+    trainer is left as it was: weights, random states, callbacks. Pass a number on, or train with all examples after it.
+
+    Args:
+        trainer: a `PriorTrainer` with a prior and a training set of known length.
+        scales: candidates; a decade apart over the range of `scale_ladder` when None.
+        head_variances: candidates for the head prior, each with each scale; the trainer's own when None.
+        held_out: share of the training set that is held out.
+
+    Returns:
+        The `ScaleChoice`.
+
+    Raises:
+        ValueError: no prior, no length, a sampler, a sharded model, or candidates that are not positive numbers.
+        PriorNumericsError: no candidate has a finite loss.
+    """
+    if trainer.prior is None or trainer.prior_penalty is None:
+        raise ValueError("this trainer has no prior, and so no scale to choose.")
+    refuse_impossible_search(trainer)
+    candidates = scale_ladder(trainer.prior_penalty.gaussian, per_decade=1) if scales is None else [*scales]
+    heads: list[float | None] = [trainer.prior_penalty.head_variance] if head_variances is None else [*head_variances]
+    if not candidates or not heads:
+        raise ValueError("no candidates to choose from.")
+    for value in (*candidates, *(h for h in heads if h is not None)):
+        number_or_auto(value, "a candidate")
+    rest, held = held_out_split(trainer.train_dataset, held_out, trainer.args.seed)
+    trials: list[ScaleTrial] = []
+    pairs = [(scale, head) for head in heads for scale in candidates]
+    visible = not trainer.args.disable_tqdm and trainer.is_world_process_zero()
+    num_examples = 0
+    for scale, head in tqdm(pairs, desc="choosing the prior's scale", disable=not visible):
+        with rehearsal(trainer, rest, [], prior_scale=scale, prior_head_variance=head):
+            loader = trainer.get_eval_dataloader(held)
+            num_examples = trainer._num_examples()
+            trainer._train_as_it_is()
+            nll = held_out_nll(trainer, loader)
+        trials.append(ScaleTrial(scale, head, nll if math.isfinite(nll) else math.inf))
+    chosen = min(trials, key=lambda t: t.nll)
+    if not math.isfinite(chosen.nll):
+        raise PriorNumericsError("the held-out loss is not finite for any candidate: lower the learning rate.")
+    steps = len(trials) * training_steps(trainer)
+    return ScaleChoice(chosen.scale, chosen.head_variance, tuple(trials), len(held), num_examples, "grid", steps)
+
+
+# ------------------------------------------------------------------------------------------------------------- on the disk
+
+
+def write_choice(folder: str | os.PathLike[str], choice: ScaleChoice) -> None:
+    """`prior_scale.json`, whole or not at all."""
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(choice.to_json(), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_choice(folder: str | os.PathLike[str]) -> ScaleChoice | None:
+    """What `write_choice` wrote; None where there is nothing."""
+    path = Path(folder) / FILE_NAME
+    return ScaleChoice.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None

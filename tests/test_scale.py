@@ -1,0 +1,389 @@
+"""prior_scale="auto" and select_scale: what is chosen, and that nothing but the choice is left of the search."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from models import Stream, image_data, quiet_arguments, random_prior, tiny_resnet, tiny_vit
+from torch import nn
+from transformers import HfArgumentParser, TrainerCallback
+
+from prior_hub import (
+    PriorFormatError,
+    PriorModel,
+    PriorNumericsError,
+    PriorTrainer,
+    PriorTrainingArguments,
+    ScaleChoice,
+    scale_ladder,
+    select_scale,
+)
+from prior_hub.finetuning.scale import read_choice, write_choice
+
+torch.set_num_threads(1)
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of a matrix with labels."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return {"x": self.x[i], "labels": self.y[i]}
+
+
+class Logistic(nn.Module):
+    """Logistic regression with one output per class; remembers the rows it was trained on and those it was evaluated on."""
+
+    def __init__(self, inputs, classes=2):
+        super().__init__()
+        self.body = nn.Linear(inputs, classes, bias=False)
+        self.seen = {True: set(), False: set()}
+
+    def forward(self, x, labels=None):
+        self.seen[self.training].update(x[:, 0].tolist())  # which tell the rows
+        logits = self.body(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def problem(distance, inputs=40, rows=80, seed=0):
+    """(prior, training rows, test rows): weights drawn `distance` standard deviations of the prior at scale 1 from its mean."""
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(2, inputs, generator=g) / inputs**0.5
+    variance = 0.01 * torch.exp(torch.randn(2, inputs, generator=g))
+    truth = mean + distance * variance.sqrt() * torch.randn(2, inputs, generator=g)
+    prior = PriorModel.from_tensors({"body.weight": mean}, {"body.weight": variance})
+
+    def draw(n):
+        x = torch.randn(n, inputs, generator=g)
+        chance = (x @ truth.T).softmax(1)
+        return Rows(x, torch.multinomial(chance, 1, generator=g)[:, 0])
+
+    return prior, draw(rows), draw(4000)
+
+
+def trainer_of(folder, prior, rows, model=None, callbacks=(), **settings):
+    model = Logistic(rows.x.shape[1]) if model is None else model
+    chosen = {"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 0.1, "prior_scale": "auto"}
+    chosen |= {"logging_strategy": "no", "per_device_eval_batch_size": 64}
+    args = quiet_arguments(folder, PriorTrainingArguments, **(chosen | settings))
+    return PriorTrainer(
+        model=model, args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD, callbacks=[*callbacks]
+    )
+
+
+def map_nll(prior, scale, rows, test):
+    """Test NLL at the exact MAP, by L-BFGS in float64."""
+    mean, variance = prior.mean["body.weight"].double(), scale * prior.variance["body.weight"].double()
+    w = mean.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        nll = nn.functional.cross_entropy(rows.x.double() @ w.T, rows.y, reduction="sum")
+        loss = nll + 0.5 * ((w - mean).square() / variance).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return nn.functional.cross_entropy(test.x.double() @ w.detach().T, test.y).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", [0.1, 3.0, 30.0])
+def test_auto_finds_a_scale_whose_exact_solution_is_nearly_the_best_on_new_data(tmp_path, distance):
+    regrets, worst, scales = [], [], []
+    for seed in range(4):
+        prior, rows, test = problem(distance, seed=seed)
+        trainer = trainer_of(tmp_path, prior, rows, seed=seed)
+        trainer.train()
+        choice = trainer.prior_scale_choice
+        oracle = [map_nll(prior, scale, rows, test) for scale in scale_ladder(prior.gaussian)]
+        regrets.append(map_nll(prior, choice.scale, rows, test) - min(oracle))
+        worst.append(max(oracle) - min(oracle))
+        scales.append(math.log10(choice.scale))
+        assert trainer.prior_penalty.gaussian.scale == choice.scale
+    assert sum(regrets) / 4 < 0.25 * sum(worst) / 4
+    middle = sum(scales) / 4
+    assert abs(middle - 2 * math.log10(distance)) < 1.5  # the truth is a draw from the prior at scale distance^2
+
+
+def test_after_the_search_training_is_to_the_bit_what_it_is_with_the_number(tmp_path):
+    data, model = image_data(40), tiny_resnet()  # BatchNorm: its statistics must be put back too
+    prior = random_prior(model)
+    settings = {"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 0.02, "logging_strategy": "steps"}
+    settings |= {"logging_steps": 4, "seed": 3}
+
+    def run(**more):
+        events = []
+
+        class Heard(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                events.append(("step", state.global_step))
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                events.append(("log", state.global_step, logs.get("loss")))
+
+        torch.manual_seed(5)
+        fresh = tiny_resnet()
+        args = quiet_arguments(tmp_path / "out", PriorTrainingArguments, **settings, **more)
+        trainer = PriorTrainer(
+            model=fresh, args=args, train_dataset=data, prior=prior, callbacks=[Heard()], optimizer_cls_and_kwargs=SGD
+        )
+        trainer.train()
+        return trainer, fresh.state_dict(), events, torch.rand(3)
+
+    found, weights, events, number = run(prior_scale="auto", prior_head_variance="auto")
+    choice = found.prior_scale_choice
+    _, same, told, drawn = run(prior_scale=choice.scale, prior_head_variance=choice.head_variance)
+    assert all(torch.equal(weights[k], same[k]) for k in same)
+    assert events == told
+    assert torch.equal(number, drawn)
+    _, other, _, _ = run(prior_scale=choice.scale * 100 if choice.scale < 10 else choice.scale / 1000)
+    assert not all(torch.equal(weights[k], other[k]) for k in same)  # so the scale does matter here
+
+
+def test_held_out_examples_are_measured_and_never_trained_on_while_searching(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows)
+    while_searching = {}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):  # of the training itself: nobody else hears of the search
+            while_searching.update({mode: set(found) for mode, found in trainer.model.seen.items()})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    choice, everything = trainer.prior_scale_choice, set(rows.x[:, 0].tolist())
+    assert len(while_searching[False]) == choice.held_out == 16
+    assert choice.num_examples == 64
+    assert while_searching[True] == everything - while_searching[False]
+    assert trainer.prior_penalty.num_examples == 80
+    assert trainer.model.seen[True] == everything  # then all
+
+
+def test_prior_num_examples_shrinks_with_the_training_set_while_searching(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, prior_num_examples=1000)
+    trainer.train()
+    assert trainer.prior_scale_choice.num_examples == 800
+    assert trainer.prior_penalty.num_examples == 1000
+
+
+def test_a_resumed_run_keeps_the_scale_and_ends_where_the_uninterrupted_one_does(tmp_path):
+    prior, rows, _ = problem(3.0)
+    settings = {"save_strategy": "steps", "save_steps": 60, "max_steps": 120, "seed": 1}
+    whole = trainer_of(tmp_path / "out", prior, rows, **settings)
+    whole.train()
+    assert read_choice(tmp_path / "out") == whole.prior_scale_choice
+    again = trainer_of(tmp_path / "out", prior, rows, **settings)
+    checkpoint = tmp_path / "out" / "checkpoint-60"
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.prior_scale_choice == whole.prior_scale_choice
+    assert torch.equal(again.model.body.weight, whole.model.body.weight)
+    (checkpoint / "prior_scale.json").unlink()
+    with pytest.raises(ValueError, match="does not say which scale"):
+        trainer_of(tmp_path / "out", prior, rows, **settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_head_variance_auto_is_chosen_and_used(tmp_path):
+    data = image_data(60)
+    prior = random_prior(tiny_vit())
+    settings = {"per_device_train_batch_size": 8, "max_steps": 20, "learning_rate": 0.02, "prior_scale": 2.0}
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, prior_head_variance="auto", **settings)
+    trainer = PriorTrainer(model=tiny_vit(), args=args, train_dataset=data, prior=prior, optimizer_cls_and_kwargs=SGD)
+    before = {p for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]}
+    assert not before
+    trainer.train()
+    choice = trainer.prior_scale_choice
+    assert choice.scale == 2.0
+    tried = [t.head_variance for t in choice.trials]
+    assert tried[:8] == pytest.approx([10 ** (k / 2) for k in range(-5, 3)])
+    assert choice.head_variance in tried
+    assert trainer.prior_penalty.head_variance == choice.head_variance
+
+
+def test_select_scale_measures_what_separate_trainings_on_four_fifths_measure(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, prior_scale=1.0, max_steps=40)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    state = torch.get_rng_state()
+    choice = select_scale(trainer, [0.1, 10.0, 1000.0])
+    assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert trainer.args.prior_scale == 1.0
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(trainer.args.seed))
+    held, rest = order[:16].sort().values, order[16:].sort().values
+    for trial in choice.trials:
+        part = Rows(rows.x[rest], rows.y[rest])
+        alone = trainer_of(tmp_path / "alone", prior, part, prior_scale=trial.scale, max_steps=40)
+        alone.train()
+        with torch.no_grad():
+            nll = alone.model(rows.x[held], rows.y[held])["loss"].item()
+        assert trial.nll == pytest.approx(nll, rel=1e-5)
+    assert choice.scale == min(choice.trials, key=lambda t: t.nll).scale
+    assert choice.method == "grid"
+
+
+def test_a_search_that_fails_leaves_the_trainer_as_it_was(tmp_path):
+    prior, rows, _ = problem(3.0)
+    rows.x[7] = math.nan
+    callbacks = [TrainerCallback()]
+    trainer = trainer_of(tmp_path, prior, rows, callbacks=callbacks)
+    before = trainer.model.body.weight.detach().clone()
+    heard = list(trainer.callback_handler.callbacks)
+    with pytest.raises(PriorNumericsError, match="not finite"):
+        trainer.train()
+    assert torch.equal(trainer.model.body.weight, before)
+    assert trainer.callback_handler.callbacks == heard
+    assert trainer.train_dataset is rows
+    assert trainer.args.prior_scale == "auto"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": "stream"}, "no length"),
+        ({"rows": "few"}, "too few"),
+        ({"prior": "zero"}, "mean is zero"),
+        ({"settings": {"sampler": "baoa"}}, "without a sampler"),
+        ({"settings": {"prior_scale": "wide"}}, "expected a number"),
+        ({"settings": {"prior_scale": -1.0}}, "finite number > 0"),
+        ({"settings": {"prior_head_variance": "much"}}, "prior_head_variance is 'much'"),
+    ],
+)
+def test_what_has_no_answer_is_refused_with_the_way_out(tmp_path, change, said):
+    prior, rows, _ = problem(3.0)
+    settings = change.get("settings", {})
+    if change.get("rows") == "stream":
+        data = Stream([rows[i] for i in range(80)])
+        settings = {"prior_num_examples": 80}
+    else:
+        data = Rows(rows.x[:20], rows.y[:20]) if change.get("rows") == "few" else rows
+    if change.get("prior") == "zero":
+        prior = PriorModel.from_tensors({"body.weight": torch.zeros(2, 40)}, {"body.weight": torch.ones(2, 40)})
+    args = quiet_arguments(
+        tmp_path, PriorTrainingArguments, **({"max_steps": 5, "learning_rate": 0.1, "prior_scale": "auto"} | settings)
+    )
+    other = None if "sampler" in settings else SGD
+    with pytest.raises(ValueError, match=said):
+        PriorTrainer(model=Logistic(40), args=args, train_dataset=data, prior=prior, optimizer_cls_and_kwargs=other).train()
+
+
+def test_an_optimizer_that_was_given_is_refused(tmp_path):
+    prior, rows, _ = problem(3.0)
+    model = Logistic(40)
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, max_steps=5, prior_scale="auto")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer_cls_and_kwargs"):
+        PriorTrainer(model=model, args=args, train_dataset=rows, prior=prior, optimizers=(optimizer, None))
+
+
+def test_an_optimizer_without_an_implicit_step_begins_where_its_steps_are_stable(tmp_path):
+    prior, rows, _ = problem(3.0)
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, max_steps=60, learning_rate=0.1, prior_scale="auto")
+    trainer = PriorTrainer(
+        model=Logistic(40),
+        args=args,
+        train_dataset=rows,
+        prior=prior,
+        optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 0.1}),
+    )
+    trainer.train()
+    largest = 1 / float(prior.variance["body.weight"].min())
+    narrowest = min(t.scale for t in trainer.prior_scale_choice.trials)
+    assert 0.1 * largest / narrowest / 64 <= 2
+    assert 0.1 * largest / (narrowest / 10**0.5) / 64 > 2  # and no later than that
+
+
+def test_the_ladder_is_even_between_the_widths_it_names():
+    prior = random_prior(tiny_vit(), rank=3)
+    scales = scale_ladder(prior.gaussian)
+    ratios = [b / a for a, b in itertools.pairwise(scales)]
+    assert ratios == pytest.approx([10**0.5] * 12)
+    norm = sum(float(m.square().sum()) for m in prior.mean.values())
+    generator = torch.Generator().manual_seed(0)
+    for scale, width in ((scales[0], 1e-3), (scales[-1], 1e3)):  # by drawing
+        gaussian = prior.rescaled(scale).gaussian
+        squares = []
+        for _ in range(400):
+            draw = gaussian.sample(generator=generator)
+            squares.append(sum(float((draw[n] - prior.mean[n]).double().square().sum()) for n in draw))
+        measured = torch.tensor(squares) / norm
+        assert abs(measured.mean() - width) < 5 * measured.std() / 20
+
+
+def test_numbers_and_auto_come_from_the_command_line():
+    parser = HfArgumentParser(PriorTrainingArguments)
+    args = parser.parse_args_into_dataclasses(["--output_dir", "x", "--prior_scale", "auto", "--prior_head_variance", "0.5"])[0]
+    assert (args.prior_scale, args.prior_head_variance) == ("auto", "0.5")
+
+
+def test_text_from_the_command_line_is_the_number_it_says(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, prior_scale="1e3")
+    assert trainer.prior_penalty.gaussian.scale == 1000.0
+
+
+def test_a_choice_reads_back_exactly_and_another_file_is_refused(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, max_steps=30)
+    trainer.train()
+    write_choice(tmp_path / "again", trainer.prior_scale_choice)
+    assert read_choice(tmp_path / "again") == trainer.prior_scale_choice
+    assert read_choice(tmp_path / "nowhere") is None
+    assert json.loads((tmp_path / "again" / "prior_scale.json").read_text())["method"] == "path"
+    for text in ("{", "[]", '{"scale": 1}', '{"trials": [{"x": 1}]}'):
+        with pytest.raises(PriorFormatError, match=r"prior_scale\.json"):
+            ScaleChoice.from_json(text)
+
+
+def test_hyperparameter_search_sets_the_scale_of_each_trial(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    prior, rows, test = problem(3.0)
+    bound = []
+
+    class Spy(PriorTrainer):
+        def _begin(self):
+            super()._begin()
+            bound.append(self.prior_penalty.gaussian.scale)
+
+    chosen = {"max_steps": 10, "per_device_train_batch_size": 16, "learning_rate": 0.1, "eval_strategy": "steps"}
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, **chosen, eval_steps=10)
+    trainer = Spy(
+        model_init=lambda: Logistic(40),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=test,
+        prior=prior,
+        optimizer_cls_and_kwargs=SGD,
+    )
+    found = trainer.hyperparameter_search(
+        lambda trial: {"prior_scale": trial.suggest_float("prior_scale", 1e-2, 1e4, log=True)},
+        compute_objective=lambda metrics: metrics["eval_loss"],
+        n_trials=3,
+        backend="optuna",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    assert len(bound) == 3
+    assert len({round(math.log10(s), 6) for s in bound}) == 3
+    assert found.hyperparameters["prior_scale"] in bound
+
+    args.prior_scale = "auto"  # not answered by the search: said, not ignored
+    with pytest.raises(ValueError, match="suggest_float"):
+        trainer.hyperparameter_search(
+            lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
+            compute_objective=lambda metrics: metrics["eval_loss"],
+            n_trials=1,
+            backend="optuna",
+        )
