@@ -18,10 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prior_hub.finetuning.scale import ScaleChoice
 from prior_hub.inference.metrics import ReliabilityBins, reliability_bins
 from prior_hub.model import PriorModel
 
-__all__ = ["plot_average", "plot_comparison", "plot_prior", "plot_reliability", "plot_segmentation", "plot_trace"]
+__all__ = [
+    "plot_average",
+    "plot_comparison",
+    "plot_prior",
+    "plot_reliability",
+    "plot_scale",
+    "plot_segmentation",
+    "plot_trace",
+]
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line styles and markers tell the same on paper.
 _STYLES = (
@@ -122,6 +131,63 @@ def plot_prior(prior: PriorModel, path: str | os.PathLike[str]) -> Path:
         _tidy(panel)
     base = f" of {prior.config.base_model}" if prior.config.base_model else ""
     figure.suptitle(f"Prior{base}: {prior.num_parameters:,} values, rank {prior.rank}, scale {prior.scale:g}", fontsize=11)
+    return _save(figure, path)
+
+
+def plot_scale(
+    choice: ScaleChoice,
+    path: str | os.PathLike[str],
+    *,
+    measured: Mapping[float, float] | None = None,
+    title: str = "",
+) -> Path:
+    """NLL against the prior's scale, with the chosen one marked.
+
+    Args:
+        choice: what `prior_scale="auto"` or `select_scale` found (`trainer.prior_scale_choice`, or prior_scale.json read back).
+        path: file to write.
+        measured: scale -> NLL on other data (nats per example), such as whole trainings on the test set.
+        title: heading.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no trial has a finite NLL.
+    """
+    shown = [t for t in choice.trials if math.isfinite(t.nll)]
+    if not shown:
+        raise ValueError("no trial has a finite NLL: there is nothing to plot.")
+    figure = _figure(6.4, 4.2)
+    panel = figure.subplots()
+    heads = list(dict.fromkeys(t.head_variance for t in shown))
+    several = choice.method == "grid" and len(heads) > 1
+    for k, head in enumerate(heads if several else [None]):
+        colour, marker, line = _STYLES[k % len(_STYLES)]
+        mine = [t for t in shown if t.head_variance == head] if several else shown[-len({t.scale for t in shown}) :]
+        mine = sorted(mine, key=lambda t: t.scale)
+        name = f"head variance {head:.2g}" if several else f"{choice.held_out} held-out examples ({choice.method})"
+        panel.plot([t.scale for t in mine], [t.nll for t in mine], color=colour, marker=marker, linestyle=line, label=name)
+    if measured:
+        colour, marker, line = _STYLES[-1]
+        scales = sorted(measured)
+        panel.plot(scales, [measured[s] for s in scales], color=colour, marker=marker, linestyle=line, label="measured")
+    panel.axvline(choice.scale, color=_GREY, linewidth=1, linestyle=":")
+    panel.annotate(
+        f" chosen: {choice.scale:.3g}",
+        (choice.scale, 1),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color=_GREY,
+        fontsize=9,
+    )
+    panel.set_xscale("log")
+    panel.set_xlabel("scale of the prior's covariance (right: the data move the weights more)")
+    panel.set_ylabel("NLL [nats per example]")
+    panel.legend(frameon=False, fontsize=9)
+    _tidy(panel)
+    figure.suptitle(title or "How wide should the prior be?", fontsize=11)
     return _save(figure, path)
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from prior_hub import PriorModel, plots
+from prior_hub import PriorModel, ScaleChoice, ScaleTrial, plots
 from prior_hub.inference.metrics import reliability_bins
 from prior_hub.plots import (
     _apart,
@@ -17,6 +17,7 @@ from prior_hub.plots import (
     plot_comparison,
     plot_prior,
     plot_reliability,
+    plot_scale,
     plot_segmentation,
     plot_trace,
 )
@@ -52,6 +53,19 @@ def test_a_comparison_is_written(tmp_path, numbers, seeds):
 def test_methods_may_have_different_numbers_of_rows(tmp_path):
     some = [*rows()[:-1], {"method": "third", "n": 10, "accuracy": 0.1, "nll": 2.0}]
     assert plot_comparison(some, tmp_path / "figure.svg").read_text().startswith("<?xml")
+
+
+def test_scales_are_drawn_with_the_chosen_one_marked(tmp_path):
+    heads = tuple(ScaleTrial(0.1, head, 2.0 + head) for head in (0.01, 1.0))
+    path = tuple(ScaleTrial(10.0**k, 0.01, 2.0 - 0.1 * k if k < 3 else float("inf")) for k in range(-1, 4))
+    choice = ScaleChoice(100.0, 0.01, heads + path, 20, 80, "path", 70)
+    written = plot_scale(choice, tmp_path / "scale.svg", measured={1.0: 2.2, 100.0: 1.9}, title="CIFAR")
+    text = written.read_text()
+    assert "chosen: 100" in text.replace("<!-- ", "").replace(" -->", "")
+    grid = ScaleChoice(1.0, 0.1, tuple(ScaleTrial(s, h, 1.0) for s in (1.0, 2.0) for h in (0.1, 0.2)), 20, 80, "grid", 8)
+    assert plot_scale(grid, tmp_path / "grid.png").read_bytes()[:4] == PNG
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_scale(ScaleChoice(1.0, None, (ScaleTrial(1.0, None, float("inf")),), 1, 4, "path", 1), tmp_path / "x.png")
 
 
 def test_nothing_to_compare_is_an_error(tmp_path):

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from cifar_resnet20 import Images, ResNet20, load
 from safetensors.torch import load_file
 
+from prior_hub.finetuning.scale import write_choice
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -155,6 +157,12 @@ def low_rank(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dic
     return prior.rescaled(strength), {}
 
 
+def low_rank_auto(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
+    """The learned prior, its scale chosen by PriorTrainer itself."""
+    del strength
+    return prior, {"prior_scale": "auto"}
+
+
 def frozen(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
     """No training: the head alone, on the features at the prior's mean."""
     del prior, strength
@@ -168,6 +176,7 @@ METHODS = {
     "at the mean": at_the_mean,
     "diagonal": diagonal,
     "low rank": low_rank,
+    "low rank, auto": low_rank_auto,
 }
 
 
@@ -272,8 +281,12 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
         head = {"prior_initialize": False, "prior_head_variance": head_variance}
         trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
         row["update"] = trainer.prior_update
+        row["scale"] = f"{trainer.prior_penalty.gaussian.scale:.6g}"
+        if trainer.prior_scale_choice is not None:
+            write_choice(task.work / "choices" / f"n{cell.n}_seed{cell.seed}", trainer.prior_scale_choice)
     vars(model).pop("forward", None)  # to measure with batches of another size
     row.setdefault("update", "")
+    row.setdefault("scale", "")
     seconds = time.perf_counter() - began
     row |= {k: f"{v:.5f}" for k, v in measure(model, validation if validation is not None else task.test()).items()}
     forgotten = task.forgetting(model) if cell.stage == "final" else {"source_accuracy": "", "source_nll": ""}

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 
 from prior_hub.plots import plot_comparison
 
-ORDER = ("frozen", "plain", "zero-mean", "at the mean", "diagonal", "low rank")
+ORDER = ("frozen", "plain", "zero-mean", "at the mean", "diagonal", "low rank", "low rank, auto")
 NAMES = {
     "frozen": "frozen features, fitted head",
     "plain": "plain fine-tuning, weight decay",
@@ -25,6 +25,7 @@ NAMES = {
     "at the mean": "isotropic prior at the mean",
     "diagonal": "learned prior, diagonal",
     "low rank": "learned low-rank prior",
+    "low rank, auto": "learned low-rank prior, auto",
 }
 
 
@@ -32,6 +33,15 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± sample standard deviation."""
     tail = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{tail}"
+
+
+def picked(method: str, mine: list[dict[str, str]]) -> str:
+    """The strength and the learning rate that the rows had; the scales that "auto" chose."""
+    if method == "frozen":
+        return "-"
+    auto = method.endswith("auto")
+    what = ", ".join(f"{float(r['scale']):.2g}" for r in mine) if auto else f"{float(mine[0]['strength']):g}"
+    return f"{what} ({float(mine[0]['learning_rate']):g})"
 
 
 def table(rows: list[dict[str, str]], n: int) -> str:
@@ -48,7 +58,7 @@ def table(rows: list[dict[str, str]], n: int) -> str:
     lines = [
         f"n = {n}, seeds {', '.join(map(str, seeds))}",
         "",
-        "| method | chosen | accuracy | NLL (nats) | NLL - plain | ECE | source accuracy left |",
+        "| method | chosen (learning rate) | accuracy | NLL (nats) | NLL - plain | ECE | source accuracy left |",
         "|---|---|---|---|---|---|---|",
     ]
     for m in methods:
@@ -58,7 +68,7 @@ def table(rows: list[dict[str, str]], n: int) -> str:
         shown = f"**{spread(nll)}**" if m == best else spread(nll)
         cells = [
             NAMES[m],
-            "-" if m == "frozen" else f"{float(mine[0]['strength']):g}",
+            picked(m, mine),
             spread([float(r["accuracy"]) for r in mine]),
             shown,
             "" if m == "plain" else spread(less),
@@ -70,7 +80,7 @@ def table(rows: list[dict[str, str]], n: int) -> str:
 
 
 def regret(rows: list[dict[str, str]], n: int) -> str:
-    """The low-rank prior's scales on the test set, and what the validation choice misses."""
+    """The low-rank prior's scales on the test set, and what the validation grid and auto miss."""
     oracle = {
         (int(r["seed"]), float(r["strength"])): float(r["nll"])
         for r in rows
@@ -82,11 +92,16 @@ def regret(rows: list[dict[str, str]], n: int) -> str:
         best = min(scores, key=scores.__getitem__)
         told = ", ".join(f"{scale:g}: {nll:.3f}" for scale, nll in scores.items())
         line = f"seed {seed}, test NLL by scale: {told}; best {best:g}"
-        final = [r for r in rows if r["stage"] == "final" and r["method"] == "low rank" and int(r["n"]) == n]
+        final = [r for r in rows if r["stage"] == "final" and int(r["n"]) == n and int(r["seed"]) == seed]
         line += "".join(
             f"; validation chose {float(r['strength']):g}, {float(r['nll']) - scores[best]:+.3f} nats"
             for r in final
-            if int(r["seed"]) == seed
+            if r["method"] == "low rank"
+        )
+        line += "".join(
+            f"; auto chose {float(r['scale']):.3g}, {float(r['nll']) - scores[best]:+.3f} nats"
+            for r in final
+            if r["method"] == "low rank, auto"
         )
         lines.append(line)
     return "\n".join(lines)

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 COLUMNS = (
     *("task", "stage", "method", "n", "seed", "strength", "learning_rate"),
     *("accuracy", "nll", "ece", "source_accuracy", "source_nll"),
-    *("head_variance", "update", "steps", "seconds", "threads", "torch", "machine"),
+    *("head_variance", "scale", "update", "steps", "seconds", "threads", "torch", "machine"),
 )
 KEY = ("stage", "method", "n", "seed", "strength", "learning_rate")
 NUMBERS = ("strength", "learning_rate")
@@ -88,6 +88,11 @@ def cells(config: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[dict[s
             for method in config["strengths"]:
                 if best := chosen(rows, method, n, candidates(config, method)):
                     yield {**cell("final", method, n, seed), "strength": best[0], "learning_rate": best[1]}
+        for method, like in config.get("auto", {}).items():  # no candidates: at the learning rate that was chosen for `like`
+            best = chosen(rows, like, n, candidates(config, like))
+            for seed in config["seeds"]:
+                if best:
+                    yield {**cell("final", method, n, seed), "strength": 0.0, "learning_rate": best[1]}
         for method, strengths in config.get("oracle", {}).items():
             if method == "seeds":
                 continue
