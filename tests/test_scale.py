@@ -221,6 +221,8 @@ def test_select_scale_measures_what_separate_trainings_on_four_fifths_measure(tm
     assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert trainer.args.prior_scale == 1.0
+    assert trainer.prior_penalty.gaussian.scale == 1.0
+    assert trainer.prior_penalty.num_examples == 80
     order = torch.randperm(80, generator=torch.Generator().manual_seed(trainer.args.seed))
     held, rest = order[:16].sort().values, order[16:].sort().values
     for trial in choice.trials:
@@ -232,6 +234,19 @@ def test_select_scale_measures_what_separate_trainings_on_four_fifths_measure(tm
         assert trial.nll == pytest.approx(nll, rel=1e-5)
     assert choice.scale == min(choice.trials, key=lambda t: t.nll).scale
     assert choice.method == "grid"
+
+
+def test_with_model_init_the_trainers_own_model_is_left_alone(tmp_path):
+    prior, rows, _ = problem(3.0)
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, max_steps=10, learning_rate=0.1)
+    trainer = PriorTrainer(
+        model_init=lambda: Logistic(40), args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD
+    )
+    model, before = trainer.model, trainer.model.body.weight.detach().clone()
+    select_scale(trainer, [1.0, 100.0])
+    assert trainer.model is trainer.model_wrapped is model
+    assert torch.equal(model.body.weight, before)
+    assert trainer.prior_penalty.covered_parameters()["body.weight"] is model.body.weight
 
 
 def test_a_search_that_fails_leaves_the_trainer_as_it_was(tmp_path):

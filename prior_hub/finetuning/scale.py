@@ -226,16 +226,8 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
 
     Put back: weights and buffers, random states, arguments, callbacks, state, optimizer, scheduler, loss scaler.
     """
-    names = (
-        "args",
-        "train_dataset",
-        "optimizer",
-        "lr_scheduler",
-        "state",
-        "control",
-        "_train_batch_size",
-        "_created_lr_scheduler",
-    )
+    names = ("args", "train_dataset", "model", "model_wrapped", "optimizer", "lr_scheduler", "state", "control")
+    names += ("_train_batch_size", "_created_lr_scheduler")
     kept = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
     handler = trainer.callback_handler
     heard, loaders = handler.callbacks, (handler.train_dataloader, handler.eval_dataloader)
@@ -255,7 +247,7 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
         args.prior_num_examples = max(1, round(given * len(dataset) / len(trainer.train_dataset)))
     own = [c for c in heard if type(c).__module__.startswith("prior_hub.finetuning")]
     try:
-        trainer.args, trainer.train_dataset = args, dataset
+        trainer.args, trainer.train_dataset, trainer.model_wrapped = args, dataset, trainer.model
         trainer.control = copy.copy(trainer.control)
         trainer.optimizer = trainer.lr_scheduler = None
         handler.callbacks = [DefaultFlowCallback(), *own, *callbacks]
@@ -266,17 +258,17 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
         handler.train_dataloader, handler.eval_dataloader = loaders
         for name, value in kept.items():
             setattr(trainer, name, value)
-        for name in ("optimizer", "lr_scheduler"):
+        for name in ("model", "optimizer", "lr_scheduler"):
             setattr(handler, name, getattr(trainer, name))
         if weights is not None and needed is not None:
             trainer.model.load_state_dict(weights)
             trainer.model.zero_grad(set_to_none=True)
             for name, parameter in trainer.model.named_parameters():
                 parameter.requires_grad_(needed[name])
-            trainer.model_wrapped = trainer.model
         if scaler is not None:
             scaler.load_state_dict(scaling)
         trainer._reset_totals()
+        trainer._bind()
         _put_random_states(states)
 
 
