@@ -69,7 +69,8 @@ def learn_prior(options: argparse.Namespace) -> PriorModel:
     views = TwoViews(32, strength=0.5, blur=0.0)  # Chen et al.'s for CIFAR
     images.set_transform(views)
     model = SimCLR(start(options), num_features=64, temperature=0.5, projection=64)
-    callback = SwagCallback(options.rank, start=0.5, variance_floor=options.variance_floor)
+    floor = options.variance_floor
+    callback = SwagCallback(options.rank, start=0.5, variance_floor=floor, batch_norm_batches=30)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
