@@ -204,11 +204,11 @@ def _refuse_classifier(backbone: nn.Module) -> None:
 
 def _num_features(backbone: nn.Module) -> int:
     """F, as timm or transformers say it."""
-    config = getattr(backbone, "config", None)
+    config, inner = getattr(backbone, "config", None), getattr(backbone, "timm_model", backbone)
     channels, hidden = getattr(backbone, "channels", None), getattr(config, "hidden_sizes", None)
     values = (
-        getattr(backbone, "head_hidden_size", None),  # timm: after the last convolution of MobileNetV3 and the like
-        getattr(backbone, "num_features", None),
+        getattr(inner, "head_hidden_size", None),  # timm: after the last convolution of MobileNetV3 and the like
+        getattr(inner, "num_features", None),
         channels[-1] if isinstance(channels, list) and channels else None,  # transformers' backbones
         getattr(config, "hidden_size", None),
         hidden[-1] if hidden else None,
