@@ -630,7 +630,47 @@ def test_a_subclass_is_a_name_and_a_loss():
     assert updated(model).prior().config.source["objective"] == "alignment"
 
 
-@pytest.mark.parametrize("wrong", ["nowhere", "empty", 3])
+class Teaching(nn.Module):
+    """As DINO: a student learns what its own moving average says; the backbone is a part of a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.ModuleDict({"backbone": timm_resnet(), "head": nn.Linear(96, 4)}).requires_grad_(False)
+        self.student = nn.ModuleDict({"backbone": timm_resnet(), "head": nn.Linear(96, 4)})
+
+    def forward(self, pixel_values, return_loss: bool = True):
+        says, learns = (part["head"](part["backbone"](pixel_values)) for part in (self.teacher, self.student))
+        return {"loss": nn.functional.cross_entropy(learns, says.softmax(1))}
+
+
+class Declared(Teaching):
+    prior_backbone = "student.backbone"
+
+
+def test_of_a_student_and_its_teacher_the_prior_is_over_the_students_backbone(tmp_path):
+    torch.manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 32, 32)} for _ in range(8)]
+    prior, _ = learned(Declared(), tmp_path, 32, data=rows)
+    backbone = timm_resnet()
+    assert list(prior.mean) == [n for n, _ in backbone.named_parameters()]
+    assert set(prior.buffers) == {n for n, _ in backbone.named_buffers()}
+    assert prior.config.model_type == "ResNet"
+    assert list(prior.match(timm_resnet(5)).new) == ["fc.weight", "fc.bias"]
+
+
+def test_a_model_that_declares_nothing_is_told_where_its_head_is_and_its_prefix_is_stripped():
+    torch.manual_seed(0)
+    prior = updated(Teaching(), head=("student.head", "teacher")).prior()
+    assert all(name.startswith("student.backbone.") for name in prior.mean)
+    match = prior.match(timm_resnet(5))
+    assert (match.strip, match.add, match.marginalised) == ("student.backbone.", "", ())
+    assert match.new == ("fc.weight", "fc.bias")
+    classifier = timm_resnet(5)
+    prior.initialize(classifier)
+    assert torch.equal(classifier.conv1[0].weight.detach(), prior.mean["student.backbone.conv1.0.weight"])
+
+
+@pytest.mark.parametrize("wrong", ["nowhere", "encoder.9", "empty", "", 3])
 def test_a_backbone_that_is_not_there_is_refused(wrong):
     model = Reconstruction()
     model.empty = nn.Identity()

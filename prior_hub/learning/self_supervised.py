@@ -10,8 +10,8 @@ projection head is thrown away.
 **Another objective** needs one of these:
 
 1. a subclass of `SelfSupervised` with an `objective` (its name) and a `loss(projections)`; see barlow_twins.py;
-2. any module of your own whose `forward` returns {"loss": ...}, and which says `prior_backbone = "attribute"`: all outside that
-   attribute is its head. What it holds in `prior_source` (JSON values) is recorded in the prior;
+2. any module of your own whose `forward` returns {"loss": ...}, and which says `prior_backbone = "student.backbone"` or where
+   else it is: all outside is its head. What it holds in `prior_source` (JSON values) is recorded in the prior;
 3. a model of a library as it is: transformers' `AutoModelForMaskedLM`, `ViTMAEForPreTraining`, `ViTForMaskedImageModeling`, ...
    say themselves what their head is; of others say `SwagCallback(head=("projector", "predictor"))`. What such a model does not
    train (the sine positions of ViTMAE) is not under the prior: start the downstream model from the checkpoint.

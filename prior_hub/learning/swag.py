@@ -394,7 +394,7 @@ def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str
     """What a prior records about its source model: head, tied weights, base model and its commit, type (JSON values)."""
     inner = unwrapped(model)
     backbone = declared_backbone(model)
-    inner = inner if backbone is None else getattr(inner, backbone)
+    inner = inner if backbone is None else inner.get_submodule(backbone)
     config = getattr(inner, "config", None)
     outside = head_parameter_names(model, head)
     base = getattr(config, "_name_or_path", None)

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -231,10 +232,10 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
 
 
 def declared_backbone(model: nn.Module) -> str | None:
-    """Name of the one module that a prior of this model is over, where the model declares it; None where it does not.
+    """Path of the one module that a prior of this model is over, where the model declares it; None where it does not.
 
-    A model of one's own (a self-supervised objective) declares it as `prior_backbone = "backbone"`. All else is its head, and a
-    prior learned from it has the backbone's own names.
+    A model of one's own (a self-supervised objective) declares it as `prior_backbone = "backbone"`, or "student.backbone". All
+    else is its head, and a prior learned from it has the backbone's own names.
 
     Raises:
         PriorMatchError: the model has no such module, or it holds no parameters.
@@ -243,7 +244,10 @@ def declared_backbone(model: nn.Module) -> str | None:
     name = getattr(inner, "prior_backbone", None)
     if name is None:
         return None
-    module = inner._modules.get(name) if isinstance(name, str) else None
+    module: nn.Module | None = None
+    if isinstance(name, str) and name:
+        with suppress(AttributeError):
+            module = inner.get_submodule(name)
     if module is None or not any(True for _ in module.parameters()):
         parts = ", ".join(inner._modules)
         raise PriorMatchError(
@@ -255,7 +259,7 @@ def declared_backbone(model: nn.Module) -> str | None:
 def _head_ids(model: Any) -> set[int] | None:
     backbone = declared_backbone(model)
     if backbone is not None:
-        return {id(p) for p in model.parameters()} - {id(p) for p in model._modules[backbone].parameters()}
+        return {id(p) for p in model.parameters()} - {id(p) for p in model.get_submodule(backbone).parameters()}
     inner = model.timm_model if hasattr(model, "timm_model") else model
     if callable(getattr(inner, "get_classifier", None)):  # timm; a model built with num_classes=0 has an empty head
         heads = inner.get_classifier()
