@@ -19,7 +19,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -211,12 +211,14 @@ def finetune(
     return model
 
 
-def compare(options: argparse.Namespace, learned: PriorModel, pool: Images, test: Images) -> Iterator[dict[str, Any]]:
+def compare(
+    options: argparse.Namespace, learned: PriorModel, pool: Images, test: Images, methods: Sequence[str] = METHODS
+) -> Iterator[dict[str, Any]]:
     """Choose each method's strength on held-out images of the first seed, then fit and test it on every seed."""
     subsets = [torch.randperm(len(pool), generator=torch.Generator().manual_seed(s))[: options.n] for s in range(options.seeds)]
     fitting, validation = pool.part(subsets[0][options.n // 5 :]), pool.part(subsets[0][: options.n // 5])
-    bar = tqdm(total=len(METHODS) * (3 + options.seeds), desc="fine-tuning")
-    for method in METHODS:
+    bar = tqdm(total=len(methods) * (3 + options.seeds), desc="fine-tuning")
+    for method in methods:
         scores: dict[float, float] = {}
         for strength in WEIGHT_DECAYS if method == PLAIN else VARIANCES:
             scores[strength] = evaluate(finetune(method, learned, strength, fitting, options, 0), validation)[1]

@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "AveragedPrediction": "prior_hub.inference.average",
     "BAOA": "prior_hub.inference.baoa",
+    "BarlowTwins": "prior_hub.learning.barlow_twins",
     "BayesianModelAverage": "prior_hub.inference.average",
     "BoundGaussian": "prior_hub.inference.baoa",
     "ChainDiagnostics": "prior_hub.inference.diagnostics",
@@ -47,9 +48,12 @@ _LAZY = {
     "SamplingScheduler": "prior_hub.inference.schedule",
     "ScaleChoice": "prior_hub.finetuning.scale",
     "ScaleTrial": "prior_hub.finetuning.scale",
+    "SelfSupervised": "prior_hub.learning.self_supervised",
+    "SimCLR": "prior_hub.learning.simclr",
     "SwagCallback": "prior_hub.learning.callback",
     "SwagEstimator": "prior_hub.learning.swag",
     "TemperatureScaling": "prior_hub.inference.metrics",
+    "TwoViews": "prior_hub.learning.views",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
     "disagreement": "prior_hub.inference.diagnostics",
@@ -69,6 +73,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "AveragedPrediction",
+    "BarlowTwins",
     "BayesianModelAverage",
     "BoundGaussian",
     "ChainDiagnostics",
@@ -95,9 +100,12 @@ __all__ = [
     "SamplingScheduler",
     "ScaleChoice",
     "ScaleTrial",
+    "SelfSupervised",
+    "SimCLR",
     "SwagCallback",
     "SwagEstimator",
     "TemperatureScaling",
+    "TwoViews",
     "__version__",
     "chain_diagnostics",
     "classification_metrics",
@@ -127,9 +135,13 @@ if TYPE_CHECKING:
     from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
     from prior_hub.inference.sghmc import SGHMC
     from prior_hub.inference.sgld import SGLD
+    from prior_hub.learning.barlow_twins import BarlowTwins
     from prior_hub.learning.callback import SwagCallback
     from prior_hub.learning.isotropic import isotropic_prior
+    from prior_hub.learning.self_supervised import SelfSupervised
+    from prior_hub.learning.simclr import SimCLR
     from prior_hub.learning.swag import SwagEstimator
+    from prior_hub.learning.views import TwoViews
     from prior_hub.model import PriorModel, push_prior_to_hub
     from prior_hub.priors.batch_norm import recompute_batch_norm
     from prior_hub.priors.config import PriorConfig

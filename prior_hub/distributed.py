@@ -18,9 +18,11 @@ from torch import Tensor
 __all__ = [
     "contribution",
     "copy_full_",
+    "gather_over_ranks",
     "is_sharded",
     "local_tensor",
     "moved_placements",
+    "process_index",
     "reshard",
     "shard_index",
     "shard_like",
@@ -113,6 +115,37 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if _world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """(*shape) -> (W, *shape), the tensor of every rank, with gradients; `tensor` must have one shape on all W ranks.
+
+    Each rank's tensor gets the sum of the gradients of all ranks' losses, so that DDP, which averages gradients over ranks,
+    gives the gradient of the mean of the ranks' losses.
+    """
+    gathered: Tensor = _Gather.apply(tensor) if _world_size() > 1 else tensor.unsqueeze(0)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        del ctx
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        del ctx
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total[process_index()]
+
+
+def process_index() -> int:
+    """This process's rank; 0 where there is one process."""
+    return dist.get_rank() if _world_size() > 1 else 0
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -82,6 +82,51 @@ def test_cifar_resnet20_runs_on_local_folders_and_prints_the_table_of_its_number
 
 
 @pytest.mark.slow
+def test_cifar_self_supervised_runs_on_local_folders_and_prints_the_numbers_it_writes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import cifar_self_supervised as example
+
+    parquet(tmp_path / "source", classes=10, column="other", rows=64)
+    parquet(tmp_path / "target", classes=20, column="coarse_label", rows=64)
+    folders = ("--source", tmp_path / "source", "--target", tmp_path / "target", "--output", tmp_path / "out")
+    printed = run("cifar_self_supervised.py", *folders, "--quick", folder=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == list(example.METHODS)
+    for row in results["rows"]:  # one seed: the table holds each number itself
+        line = next(line for line in printed.splitlines() if line.startswith(row["method"]))
+        assert f"{row['accuracy']:.3f}" in line
+        assert f"{row['nll']:.3f}" in line
+    probes = results["probe"]
+    assert f"accuracy {probes['before']:.3f} before SimCLR, {probes['after']:.3f} after" in printed
+    prior = PriorModel.from_pretrained(tmp_path / "out" / "prior")
+    assert list(prior.mean) == [name for name, _ in example.Backbone().named_parameters()]
+    assert prior.match(example.ResNet20(20)).new == ("linear.weight", "linear.bias")
+    assert (prior.config.source["objective"], prior.config.source["dataset"]) == ("SimCLR", "source")
+    assert prior.config.source["augmentation"]["size"] == [32, 32]
+
+
+def test_simclr_of_the_example_starts_from_the_weights_given(tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cifar_self_supervised as example
+
+    torch.manual_seed(5)
+    classifier = example.ResNet20(10)
+    save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
+    options = example.parse(["--weights", str(tmp_path / "weights.safetensors")])
+    backbone = example.start(options)
+    assert all(torch.equal(t, classifier.state_dict()[name]) for name, t in backbone.state_dict().items())
+    classifier.linear = torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone(images), classifier(images)["logits"])
+    again = example.start(example.parse([]))
+    assert torch.equal(again.conv1.weight, example.start(example.parse([])).conv1.weight)
+
+
+@pytest.mark.slow
 def test_cifar_posterior_compares_map_and_average_and_prints_the_table_of_its_numbers(tmp_path, monkeypatch):
     import torch
 
@@ -135,7 +180,7 @@ def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "segmentation.py"])
+@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "cifar_self_supervised.py", "segmentation.py"])
 def test_help_teaches(script, tmp_path):
     printed = run(script, "--help", folder=tmp_path)
     assert len(printed.split()) > 150

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prior_hub.distributed import is_sharded
-from prior_hub.learning.swag import source_facts
+from prior_hub.learning.swag import declared_facts, renaming, source_facts
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.matching import canonical_parameters, without_head
@@ -64,11 +64,14 @@ def isotropic_prior(
         if any(is_sharded(p) for p in parameters.values()):
             raise NotImplementedError("make the isotropic prior before the model is sharded.")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-        mean = {n: p.detach().to("cpu", dtype, copy=True).contiguous() for n, p in parameters.items()}
+        declared = declared_facts(source)
+        own_name = renaming(parameters, declared["prefix"])
+        mean = {own_name(n): p.detach().to("cpu", dtype, copy=True).contiguous() for n, p in parameters.items()}
         found = batch_norm_buffers(source)
-        buffers = {n: found[n].detach().cpu().clone() for n in without_head(found, outside, mean)}
+        buffers = {own_name(n): found[n].detach().cpu().clone() for n in without_head(found, outside, parameters)}
         facts["head_parameters"] = tuple(facts["head_parameters"])
-        facts["tied_parameters"] = {a: n for a, n in facts["tied_parameters"].items() if n in mean}
+        facts["tied_parameters"] = {own_name(a): own_name(n) for a, n in facts["tied_parameters"].items() if n in parameters}
+        facts["source"] = declared["source"]
     facts["estimator"] = {"name": "isotropic", "variance": float(variance)}
     return PriorModel.from_tensors(
         mean,

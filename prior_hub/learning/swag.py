@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,14 @@ from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, P
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.config import is_hub_name
-from prior_hub.priors.matching import canonical_parameters, head_parameter_names, tied_names, unwrapped, without_head
+from prior_hub.priors.matching import (
+    canonical_parameters,
+    declared_backbone,
+    head_parameter_names,
+    tied_names,
+    unwrapped,
+    without_head,
+)
 
 __all__ = ["SwagEstimator"]
 
@@ -162,12 +169,16 @@ class SwagEstimator:
                 of the last snapshot when None.
             base_model: Hub name of the model; read from the model's own config when None.
             base_model_revision: its commit.
-            objective: what the source task optimised ("supervised classification", "SimCLR").
+            objective: what the source task optimised ("supervised classification"); a model with `prior_source` (SimCLR) has
+                said so itself.
             dataset: Hub name(s) of the source data.
             dataset_license: licence of that data.
             license: licence of the prior, a Hub identifier.
             source: anything else to record about the source task.
             estimator: anything else to record about the estimate.
+
+        Returns:
+            The prior, under the model's names; under its backbone's own where the model declares one (`prior_backbone`).
 
         Raises:
             PriorNumericsError: fewer than two snapshots, or variances of zero with a floor of zero.
@@ -193,6 +204,7 @@ class SwagEstimator:
                 deviations[name] = self._gathered(name, centred, leading=1).to(deviations_dtype or self.dtype)
         facts = self._facts
         stored = self._buffers if buffers is None else buffers
+        own_name = renaming(mean, facts.get("prefix", ""))
         body = without_head(stored, facts["head_parameters"], mean)
         own = {
             "name": "swag",
@@ -201,22 +213,26 @@ class SwagEstimator:
             "variance_entries_at_floor": floored,
             "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
         }
-        recorded = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
+        given = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
+        recorded = (
+            facts.get("source", {}) | {key: value for key, value in given.items() if value is not None} | dict(source or {})
+        )
+        tied = {alias: name for alias, name in facts["tied_parameters"].items() if name in mean}
         return PriorModel.from_tensors(
-            mean,
-            variance,
-            deviations,
-            buffers={name: stored[name].detach().cpu().clone() for name in body},
+            {own_name(name): tensor for name, tensor in mean.items()},
+            {own_name(name): tensor for name, tensor in variance.items()},
+            {own_name(name): tensor for name, tensor in deviations.items()},
+            buffers={own_name(name): stored[name].detach().cpu().clone() for name in body},
             scale=scale,
             eps=eps,
             variance_floor=self.variance_floor,
             num_snapshots=self.num_snapshots,
             head_parameters=tuple(facts["head_parameters"]),
-            tied_parameters={alias: name for alias, name in facts["tied_parameters"].items() if name in mean},
+            tied_parameters={own_name(alias): own_name(name) for alias, name in tied.items()},
             base_model=base_model or facts["base_model"],
             base_model_revision=base_model_revision or (facts["base_model_revision"] if base_model is None else None),
             model_type=facts["model_type"],
-            source={key: value for key, value in {**recorded, **(source or {})}.items() if value is not None},
+            source={key: value for key, value in recorded.items() if value is not None},
             estimator={**own, **(estimator or {})},
             license=license,
         )
@@ -311,7 +327,7 @@ class SwagEstimator:
 
     def _covered(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parameters = canonical_parameters(model)
-        facts = self._facts or source_facts(model, self.head)
+        facts = self._facts or source_facts(model, self.head) | declared_facts(model)
         outside = set(facts["head_parameters"])
         covered = {n: p for n, p in parameters.items() if n not in outside and (p.requires_grad or n in self._mean)}
         if not covered:
@@ -377,6 +393,8 @@ def _digests(model: nn.Module, *, trainable: bool = False) -> dict[str, str]:
 def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str, Any]:
     """What a prior records about its source model: head, tied weights, base model and its commit, type (JSON values)."""
     inner = unwrapped(model)
+    backbone = declared_backbone(model)
+    inner = inner if backbone is None else inner.get_submodule(backbone)
     config = getattr(inner, "config", None)
     outside = head_parameter_names(model, head)
     base = getattr(config, "_name_or_path", None)
@@ -388,6 +406,23 @@ def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str
         "base_model_revision": getattr(config, "_commit_hash", None) if on_the_hub else None,
         "model_type": getattr(config, "model_type", None) or type(inner).__name__,
     }
+
+
+def declared_facts(model: nn.Module) -> dict[str, Any]:
+    """What a model of one's own says about its prior (JSON values).
+
+    "prefix": what a prior's names lose, from its `prior_backbone`; "source": its `prior_source`, what to record about the
+    source task.
+    """
+    backbone = declared_backbone(model)
+    source = getattr(unwrapped(model), "prior_source", None)
+    return {"prefix": "" if backbone is None else f"{backbone}.", "source": dict(source or {})}
+
+
+def renaming(names: Iterable[str], prefix: str) -> Callable[[str], str]:
+    """The function that takes `prefix` off a name, if all `names` have it; else the one that leaves names as they are."""
+    common = prefix if all(name.startswith(prefix) for name in names) else ""
+    return lambda name: name.removeprefix(common)
 
 
 def _listed(dataset: str | Sequence[str] | None) -> str | list[str] | None:

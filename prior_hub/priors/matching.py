@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "Match",
     "NameMap",
     "canonical_parameters",
+    "declared_backbone",
     "head_parameter_names",
     "match_names",
     "match_parameters",
@@ -199,9 +201,10 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
 
     Args:
         model: any model.
-        head: "auto" asks the model: timm's `get_classifier()`, everything outside `base_model` or `backbone` of a
-            transformers model, or a top-level module with one of the usual names (fc, classifier, head, ...). A sequence
-            names modules or parameters; () or None says there is no head.
+        head: "auto" asks the model: everything outside the module that it declares (`declared_backbone`), timm's
+            `get_classifier()`, everything outside `base_model` or `backbone` of a transformers model, or a top-level module
+            with one of the usual names (fc, classifier, head, ...). A sequence names modules or parameters; () or None says
+            there is no head.
 
     Raises:
         PriorMatchError: "auto" finds nothing, or a given name does not exist. A head that goes unnoticed would bind to
@@ -228,7 +231,35 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
     return [name for name, tensor in names.items() if id(tensor) in ids]
 
 
+def declared_backbone(model: nn.Module) -> str | None:
+    """Path of the one module that a prior of this model is over, where the model declares it; None where it does not.
+
+    A model of one's own (a self-supervised objective) declares it as `prior_backbone = "backbone"`, or "student.backbone". All
+    else is its head, and a prior learned from it has the backbone's own names.
+
+    Raises:
+        PriorMatchError: the model has no such module, or it holds no parameters.
+    """
+    inner = unwrapped(model)
+    name = getattr(inner, "prior_backbone", None)
+    if name is None:
+        return None
+    module: nn.Module | None = None
+    if isinstance(name, str) and name:
+        with suppress(AttributeError):
+            module = inner.get_submodule(name)
+    if module is None or not any(True for _ in module.parameters()):
+        parts = ", ".join(inner._modules)
+        raise PriorMatchError(
+            f"{type(inner).__name__}.prior_backbone is {name!r}, which names no module with parameters; the model has {parts}."
+        )
+    return str(name)
+
+
 def _head_ids(model: Any) -> set[int] | None:
+    backbone = declared_backbone(model)
+    if backbone is not None:
+        return {id(p) for p in model.parameters()} - {id(p) for p in model.get_submodule(backbone).parameters()}
     inner = model.timm_model if hasattr(model, "timm_model") else model
     if callable(getattr(inner, "get_classifier", None)):  # timm; a model built with num_classes=0 has an empty head
         heads = inner.get_classifier()
