@@ -72,7 +72,7 @@ def papers_config(name: str) -> PriorConfig:
 
 
 def learned_config(prior: Path | None) -> PriorConfig:
-    """Its own configuration, with what the run did not know: where the weights are from, and that no licence covers the data."""
+    """Its own configuration, with what the run did not know: where its weights are from, and that no licence is known."""
     path = HERE / f"{LEARNED}.json" if prior is None else prior / "prior_config.json"
     config = PriorConfig.from_json(path.read_bytes(), where=str(path))
     source = {
@@ -105,8 +105,8 @@ def card(name: str, config: PriorConfig, existing: str | None) -> str:
     if re.search(marked, result, re.DOTALL):
         return re.sub(marked, lambda _: figures(), result, flags=re.DOTALL)
     told = (
-        "From CIFAR-10 to CIFAR-100's 20 superclasses with n images: mean ± sample standard deviation over seeds on 3,000 test\n"
-        "images; bold: the lowest NLL. Each method's setting was chosen on a fifth of the first seed's images\n"
+        "From CIFAR-10 to CIFAR-100's 20 superclasses with n images: mean ± sample standard deviation over seeds on 3,000\n"
+        "test images; bold: the lowest NLL. Each method's setting was chosen on a fifth of the first seed's images\n"
         "(benchmarks/transfer/README.md has the design, and what is wrong with this prior)."
     )
     return f"{result.rstrip()}\n\n## Measured\n\n{told}\n\n{figures()}\n"

@@ -349,8 +349,8 @@ _CITATION = """\
 ```"""
 
 _NOT_YET = (
-    "**Not made here yet.** There are no weights behind this card. It is what `prior_hub` would write from other people's files: "
-    "sizes and names are those of the network, the covariance that of the convention named below."
+    "**Not made here yet.** There are no weights behind this card. It is what `prior_hub` would write from other people's "
+    "files: sizes and names are those of the network, the covariance that of the convention named below."
 )
 
 _OWN_ROWS = "snapshot minus final mean"
