@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from prior_hub import __version__
 from prior_hub.distributed import copy_full_, is_sharded
 from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
-from prior_hub.priors.config import PriorConfig
+from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
 from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
+from prior_hub.priors.legacy import legacy_files, read_legacy
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
-from prior_hub.registry.hub import PushResult, download_prior, upload_prior
+from prior_hub.registry.hub import PushResult, download_legacy, download_prior, upload_prior
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 
@@ -183,6 +184,108 @@ class PriorModel:
             repo_id, commit = name, downloaded.commit_hash
         prior = cls._from_stored(stored, rank, repo_id, commit, verify)
         return prior if scale is None else prior.rescaled(scale)
+
+    @classmethod
+    def from_legacy(
+        cls,
+        path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+        *,
+        convention: str = "swag",
+        reference: nn.Module | None = None,
+        head: str | Sequence[str] | None = "auto",
+        rank: int | None = None,
+        scale: float | None = None,
+        eps: float | None = None,
+        covmat: str = "auto",
+        recentre: bool | None = None,
+        variance_floor: float | None = None,
+        deviations_dtype: torch.dtype | None = None,
+        trust_order: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **metadata: Any,
+    ) -> PriorModel:
+        """Import the four files of "Pre-Train Your Loss", or a checkpoint of swa_gaussian; nothing is ever unpickled.
+
+        What was decided (names, raw or divided rows, re-centred or not, convention, sha256 of the files) is recorded in
+        `config.estimator`. The formulas of the conventions are in `prior_hub.priors.legacy`.
+
+        Args:
+            path: folder with `*_mean.pt`, `*_variance.pt`, `*_covmat.pt`, `*_model.pt`; or the common beginning of their names;
+                or a mapping of "mean", "variance", "covmat", "model" to files; or a swa_gaussian checkpoint, a file with
+                `n_models` and `base.<parameter>_{mean,sq_mean,cov_mat_sqrt}`; or the name of a Hub repository that holds them.
+            convention: "swag", the Gaussian of every other prior here; or what a published code makes of the same files:
+                "paper", "paper-unscaled", "tufts", "tufts-elbo". The latter are exact at the scale they are imported at.
+            reference: a model of the source architecture, for names and order; None takes them from the model file.
+                "meta" tensors do.
+            head: the source task's head, as in `SwagEstimator`. The vectors may hold it or not.
+            rank: k, rows used. "swag": all, newest first; the others: the first 5 of the file, oldest first.
+            scale: s. "swag": 1; the others: 1e10.
+            eps: e. "swag": 0; the others: 0.1.
+            covmat: "raw", "divided" (by sqrt(K-1)), or "auto": told by Welford's relation to the variance.
+            recentre: deviations from the final mean. None: for "swag" where a first row of zeros certifies that all
+                snapshots are there, never for the others, which use the file's rows as they are.
+            variance_floor: variances below are raised to it. None: refused if not positive; for swa_gaussian, whose
+                variances cancel, a floor at the rounding error, with a warning.
+            deviations_dtype: storage type of the deviations (torch.bfloat16: half the bytes).
+            trust_order: do not refuse a mean whose tensors are unlike those of the model file.
+            revision: of a Hub repository, as `from_pretrained`.
+            token: the same.
+            cache_dir: the same.
+            local_files_only: the same.
+            **metadata: fields of `PriorConfig`: base_model, source, license and so on.
+
+        Raises:
+            PriorNotFoundError: a file is missing.
+            PriorFormatError: a file holds an object, is cut, or its numbers do not fit the others; says what to check.
+            PriorMatchError: the files and the reference have not the same number of values, or another order.
+            PriorNumericsError: NaN, infinities, or variances that are not positive.
+            ValueError: an unknown convention, or a setting that no Gaussian has.
+        """
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        local = isinstance(path, Mapping) or Path(path).expanduser().exists() or not is_hub_name(os.fspath(path))
+        if local or Path(f"{os.fspath(path)}_mean.pt").expanduser().exists():  # type: ignore[arg-type]
+            files = legacy_files(path)
+        else:
+            downloaded = download_legacy(os.fspath(path), **hub)  # type: ignore[arg-type]
+            files = legacy_files(downloaded.folder)
+            metadata["source"] = {
+                "repository": downloaded.repo_id,
+                "commit": downloaded.commit_hash,
+                **metadata.get("source", {}),
+            }
+        found = read_legacy(
+            files,
+            convention=convention,
+            reference=reference,
+            head=head,
+            rank=rank,
+            scale=scale,
+            eps=eps,
+            covmat=covmat,
+            recentre=recentre,
+            variance_floor=variance_floor,
+            deviations_dtype=deviations_dtype,
+            trust_order=trust_order,
+        )
+        facts = {
+            "num_snapshots": found.num_snapshots,
+            "variance_floor": found.variance_floor,
+            "head_parameters": found.head_parameters,
+            "tied_parameters": found.tied_parameters,
+            "model_type": found.model_type,
+            "estimator": found.estimator | metadata.pop("estimator", {}),
+        }
+        return cls.from_tensors(
+            found.mean,
+            found.variance,
+            found.deviations,
+            buffers=found.buffers,
+            **found.weights,
+            **(facts | metadata),
+        )
 
     @classmethod
     def _from_stored(

@@ -177,7 +177,26 @@ def test_few_snapshots_are_named_as_a_limit_and_unknown_ones_are_not():
     assert "over 4 snapshots only" in render_card(config(num_snapshots=4))
     for snapshots in (24, None):
         assert "snapshots only" not in render_card(config(num_snapshots=snapshots))
-    assert cells(render_card(config(num_snapshots=None)))["snapshots"] == "none"
+    assert cells(render_card(config(num_snapshots=None)))["snapshots"] == "not recorded"
+    assert cells(render_card(config(num_snapshots=None, rank=0)))["snapshots"] == "none"
+
+
+def test_a_recipe_says_that_there_is_no_prior_yet_and_how_to_make_it():
+    text = render_card(PRIOR.config, recipe="Fetch the files, then `prior-hub import`.\n")
+    body = split_card(text)[1]
+    order = [
+        "**Not made here yet.**",
+        "## How to make it\n\nFetch the files",
+        "## How to use",
+        "## What it is",
+        "Nobody has made",
+    ]
+    places = [body.index(part) for part in order]
+    assert places == sorted(places)
+    assert update_card(text, text) == text
+    made = update_card(text, RENDERED)  # once it is made, nothing of the recipe is left
+    assert "Not made here yet" not in made
+    assert "Fetch the files" not in made
 
 
 def test_values_of_the_configuration_cannot_break_the_card():

@@ -180,7 +180,10 @@ def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "cifar_self_supervised.py", "segmentation.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["cifar_resnet20.py", "cifar_posterior.py", "cifar_self_supervised.py", "segmentation.py", "import_legacy.py", "text.py"],
+)
 def test_help_teaches(script, tmp_path):
     printed = run(script, "--help", folder=tmp_path)
     assert len(printed.split()) > 150
@@ -230,3 +233,19 @@ def test_segmentation_runs_on_local_folders_and_prints_the_table_of_its_numbers(
     with Image.open(tmp_path / "out" / "segmentation.png") as picture:
         assert picture.size[0] > 500
     assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 2
+
+
+@pytest.mark.slow
+def test_import_legacy_prints_both_penalties_and_their_difference_is_rounding(tmp_path):
+    printed = run("import_legacy.py", "--quick", "--convention", "paper", folder=tmp_path)
+    found = json.loads((tmp_path / "example_output" / "import_legacy.json").read_text())
+    assert [row["convention"] for row in found["penalties"]] == ["paper", "paper-unscaled", "tufts", "tufts-elbo"]
+    for row in found["penalties"]:
+        line = next(line for line in printed.splitlines() if line.startswith(f"{row['convention']} "))
+        assert f"{row['prior_hub']:.14g}" in line
+        assert row["prior_hub"] > 0
+        assert row["difference"] < 1e-10
+    assert f"{found['accuracy']:.3f} / {found['nll']:.3f} under paper" in printed
+    prior = PriorModel.from_pretrained(tmp_path / "example_output" / "imported_prior")
+    assert prior.config.estimator["convention"] == "paper"
+    assert prior.config.estimator["welford_ratio"] == pytest.approx(7, rel=0.01)

@@ -28,6 +28,7 @@ __all__ = [
     "NameMap",
     "canonical_parameters",
     "declared_backbone",
+    "head_by_name",
     "head_parameter_names",
     "match_names",
     "match_parameters",
@@ -254,6 +255,22 @@ def declared_backbone(model: nn.Module) -> str | None:
             f"{type(inner).__name__}.prior_backbone is {name!r}, which names no module with parameters; the model has {parts}."
         )
     return str(name)
+
+
+def head_by_name(names: Iterable[str], head: str | Sequence[str] | None = "auto") -> list[str]:
+    """Those of `names` that are the head's where there are names and no model: "auto" goes by the first part of a name.
+
+    Raises:
+        PriorMatchError: a given head names nothing.
+    """
+    names = list(names)
+    if head == "auto":
+        return [name for name in names if name.split(".")[0] in _HEAD_NAMES]
+    wanted = [] if head is None else [head] if isinstance(head, str) else list(head)
+    unused = [w for w in wanted if not any(n == w or n.startswith(f"{w}.") for n in names)]
+    if unused:
+        raise PriorMatchError(f"head={unused[0]!r} names no parameter; there are {', '.join(names[-3:])}.")
+    return [n for n in names if any(n == w or n.startswith(f"{w}.") for w in wanted)]
 
 
 def _head_ids(model: Any) -> set[int] | None:

@@ -50,7 +50,12 @@ def card_metadata(config: PriorConfig) -> dict[str, Any]:
 
 
 def render_card(
-    config: PriorConfig, *, repo_id: str | None = None, subfolder: str | None = None, title: str | None = None
+    config: PriorConfig,
+    *,
+    repo_id: str | None = None,
+    subfolder: str | None = None,
+    title: str | None = None,
+    recipe: str | None = None,
 ) -> str:
     """The whole card: metadata, how to use the prior, what it is, where it comes from, its limits, whom to cite.
 
@@ -59,6 +64,8 @@ def render_card(
         repo_id: the Hub name the how-to-use block loads; a placeholder when not known yet.
         subfolder: folder of the repository the prior lies in.
         title: the heading; made from `repo_id` or `base_model` when None.
+        recipe: Markdown that tells how to make a prior that is not there yet: the card then says so, and that its numbers are
+            those of the recipe.
     """
     name = title or (repo_id.split("/")[-1] if repo_id else f"Prior over {config.base_model or config.model_type or 'a model'}")
     body = "\n\n".join(
@@ -66,15 +73,16 @@ def render_card(
             BEGIN,
             f"# {_plain(name)}",
             _summary(config),
+            *([_NOT_YET, "## How to make it", recipe.strip()] if recipe else []),
             "## How to use",
             _how_to_use(repo_id or PLACEHOLDER, subfolder),
             "## What it is",
-            _COVARIANCE,
+            _covariance(config),
             _table(config),
             "## Where it comes from",
             _provenance(config),
             "## Limits",
-            _limits(config),
+            _limits(config, made=not recipe),
             "## Citation",
             _CITATION,
             END,
@@ -257,8 +265,18 @@ def _how_to_use(name: str, subfolder: str | None) -> str:
     )
 
 
+def _covariance(config: PriorConfig) -> str:
+    if config.estimator.get("recentred") is not False or "imported_from" not in config.estimator:
+        return _COVARIANCE.format(rows=_OWN_ROWS)
+    divided = " / sqrt(K - 1)" if str(config.estimator.get("covmat", "")).startswith("divided") else ""
+    if config.estimator.get("convention") == "swag":
+        divided = ""
+    return _COVARIANCE.format(rows=f"{_RUNNING_ROWS}{divided}")
+
+
 def _table(config: PriorConfig) -> str:
-    snapshots = "none" if config.num_snapshots is None else str(config.num_snapshots)
+    unknown = "not recorded" if config.rank else "none"  # deviations are of snapshots
+    snapshots = unknown if config.num_snapshots is None else str(config.num_snapshots)
     rows = [
         ("parameters under the prior", f"{len(config.parameters)} tensors, {config.num_parameters:,} values"),
         ("rank K (rows of D)", str(config.rank)),
@@ -286,8 +304,9 @@ def _provenance(config: PriorConfig) -> str:
     return _markdown_table([(_plain(key), _plain(value)) for key, value in rows])
 
 
-def _limits(config: PriorConfig) -> str:
-    lines = [
+def _limits(config: PriorConfig, *, made: bool) -> str:
+    lines = [] if made else ["- Nobody has made or measured it here: no number of this card is a measurement."]
+    lines += [
         "- It fits models with the same network inside (names may carry another prefix); the head of the source task is "
         "not part of it.",
         "- Its scale is a choice: too small and the data cannot move the weights, too large and it does nothing. Learned "
@@ -329,10 +348,17 @@ _CITATION = """\
 }
 ```"""
 
+_NOT_YET = (
+    "**Not made here yet.** There are no weights behind this card. It is what `prior_hub` would write from other people's "
+    "files: sizes and names are those of the network, the covariance that of the convention named below."
+)
+
+_OWN_ROWS = "snapshot minus final mean"
+_RUNNING_ROWS = "snapshot minus the running mean of its time"
 _COVARIANCE = """\
 The prior is N(mean, Sigma) with
 
     Sigma = scale * (a * diag(variance) + b * D^T D) + eps * I
 
-where D holds one row per kept snapshot (snapshot minus final mean). Fine-tuning minimises
+where D holds one row per kept snapshot ({rows}). Fine-tuning minimises
 mean NLL + 1/2 (theta - mean)^T Sigma^-1 (theta - mean) / N, in nats, with N training examples."""

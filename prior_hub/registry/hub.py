@@ -52,7 +52,15 @@ except ImportError:  # pragma: no cover - name of later clients
         """Never raised by this client."""
 
 
-__all__ = ["LIBRARY_NAME", "DownloadedPrior", "PushResult", "download_config", "download_prior", "upload_prior"]
+__all__ = [
+    "LIBRARY_NAME",
+    "DownloadedPrior",
+    "PushResult",
+    "download_config",
+    "download_legacy",
+    "download_prior",
+    "upload_prior",
+]
 
 LIBRARY_NAME = "prior-hub"
 _PUSH_TRIES = 3
@@ -134,6 +142,38 @@ def download_prior(
                 force_download=force_download or damaged,
             )
     return DownloadedPrior(config_path.parent, repo_id, str(commit))
+
+
+def download_legacy(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> DownloadedPrior:
+    """Bring other people's prior files (`*.pt`, `*.pth`, `*.tar` at the top of a repository) into the cache, from one commit.
+
+    Raises:
+        PriorNotFoundError: no such repository or revision, or no such file in it or in the cache.
+        PriorAccessError, PriorConnectionError: as `download_prior`.
+    """
+    api = _api(token)
+    with _explained(repo_id, revision, None):
+        resolved = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        folder = api.snapshot_download(
+            repo_id,
+            revision=resolved,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=["*.pt", "*.pth", "*.tar"],
+            ignore_patterns=["*/*"],
+        )
+    if not any(Path(folder).glob("*.[pt]*")):  # the folder may not even be made
+        raise PriorNotFoundError(
+            f"{repo_id} has no *.pt, *.pth or *.tar file: nothing to import. Is it a prior already? Pull it."
+        )
+    return DownloadedPrior(Path(folder), repo_id, str(resolved.resolved))
 
 
 def download_config(
