@@ -172,11 +172,14 @@ class PriorPenalty:
 
         Returns:
             penalty / N at the present weights, 0-d float64: what the prior adds to the loss (not times factor).
+
+        Raises:
+            ValueError: a gradient is sparse.
         """
         into = {}
         for name in self._trained:
-            into[name] = local_tensor(_gradient(self._parameters[name]))
-        adapted = {name: _gradient(p) for name, p in self._adapted.items()}
+            into[name] = local_tensor(_gradient(name, self._parameters[name]))
+        adapted = {name: _gradient(name, p) for name, p in self._adapted.items()}
         self._warn_if_rounded(into | adapted)
         share = factor / self.num_examples
         theta = self._values()
@@ -187,8 +190,8 @@ class PriorPenalty:
                 into[name] += gradient.to(into[name].dtype)
             for own, part in self.adapters[name].pulled_back(gradient).items():
                 adapted[own] += part.to(adapted[own].dtype)
-        for parameter in self._head.values():
-            gradient = local_tensor(_gradient(parameter))
+        for name, parameter in self._head.items():
+            gradient = local_tensor(_gradient(name, parameter))
             gradient += (local_tensor(parameter).to(gradient.dtype) * (share / (self.head_variance or 1.0))).to(gradient.dtype)
         return (value + self._head_penalty()) / self.num_examples
 
@@ -462,9 +465,14 @@ def _two_digits(value: float, rounded: Callable[[float], int]) -> str:
     return f"{rounded(value / unit) * unit:.2g}"
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _gradient(name: str, parameter: Tensor) -> Tensor:
     if parameter.grad is None:  # unused in the forward pass: the prior holds all the same
         parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of {name!r} is sparse (an Embedding with sparse=True), and the prior holds every row in every step: "
+            "make the embedding with sparse=False, or take the prior as an implicit step (attach, with SGD)."
+        )
     return parameter.grad
 
 
