@@ -135,7 +135,7 @@ def test_cifar_resnet20_reads_a_data_set_of_the_hub_by_name_and_records_it(hub, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "segmentation.py"])
+@pytest.mark.parametrize("script", ["cifar_resnet20.py", "cifar_posterior.py", "segmentation.py", "text.py"])
 def test_help_teaches(script, tmp_path):
     printed = run(script, "--help", folder=tmp_path)
     assert len(printed.split()) > 150
@@ -185,3 +185,78 @@ def test_segmentation_runs_on_local_folders_and_prints_the_table_of_its_numbers(
     with Image.open(tmp_path / "out" / "segmentation.png") as picture:
         assert picture.size[0] > 500
     assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 2
+
+
+def texts(folder, *, column, classes, rows=60):
+    """Sentences of made-up words; the label shows in some of them."""
+    from datasets import Dataset
+
+    g = np.random.default_rng(2)
+    words = ["".join(g.choice(list("abcdefgh"), 4)) for _ in range(40)]
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        labels = (np.arange(rows) % classes).tolist()
+        lines = [" ".join([*g.choice(words, g.integers(2, 9)), f"mark{label}"]) for label in labels]
+        data = Dataset.from_dict({column: lines, "label": labels})
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+THROUGH = ("--lora", "2", "--through", "--objective", "mlm")
+
+
+@pytest.mark.filterwarnings("ignore:the prior is too stiff for this learning rate, taken through the adapters")  # of 8 steps
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="whole encoder"),
+        pytest.param(("--lora", "2"), id="adapter to adapter", marks=pytest.mark.slow),
+        pytest.param(THROUGH, id="through adapters", marks=pytest.mark.slow),
+    ],
+)
+def test_text_runs_on_local_folders_and_prints_the_table_of_its_numbers(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    import text as example
+
+    texts(tmp_path / "source", column="text", classes=4)
+    texts(tmp_path / "target", column="sentence", classes=2)
+    folders = ("--source", tmp_path / "source", "--target", tmp_path / "target", "--output", tmp_path / "out")
+    example.main([*map(str, folders), "--quick", *options])
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(example.METHODS)
+    for row in rows:  # one seed: the table holds each number itself
+        line = next(line for line in printed.splitlines() if line.startswith(row["method"]))
+        assert f"{row['accuracy']:.3f}" in line
+        assert f"{row['nll']:.3f}" in line
+        assert len(row["held_out_nll"]) == 3  # every method has as many settings to choose from
+    prior = PriorModel.from_pretrained(tmp_path / "out" / "prior")
+    assert prior.rank == 3
+    assert prior.config.source["dataset"] == "source"
+    assert not any(name.startswith(("classifier", "cls")) for name in prior.mean)
+    if options == ("--lora", "2"):  # over the source adapter, and nothing else
+        assert prior.config.source["adapter"]["r"] == 2
+        assert all(".lora_" in name for name in prior.mean)
+        assert len(prior.mean) == 2 * 2 * 2  # layers, modules, A and B
+    else:
+        assert "bert.embeddings.word_embeddings.weight" in prior.mean
+    if options == THROUGH:
+        assert [row["update"] for row in rows] == ["", "gradient", "gradient"]  # there is no implicit step
+
+
+def test_text_takes_the_validation_split_where_test_labels_are_secret_and_names_missing_columns(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    import text as example
+
+    (tmp_path / "glue" / "data").mkdir(parents=True)
+    for split, labels in (("train", [0, 1]), ("validation", [1, 0]), ("test", [-1, -1])):
+        data = Dataset.from_dict({"sentence": [f"{split} a", f"{split} b"], "label": labels, "idx": [0, 1]})
+        data.to_parquet(tmp_path / "glue" / "data" / f"{split}-00000-of-00001.parquet")
+    assert example.load(str(tmp_path / "glue"), "test")["text"] == ["validation a", "validation b"]
+    (tmp_path / "odd").mkdir()
+    Dataset.from_dict({"words": ["a"], "label": [0]}).to_parquet(tmp_path / "odd" / "train.parquet")
+    with pytest.raises(SystemExit, match="has the columns words, label: expected a text or sentence, and a label"):
+        example.load(str(tmp_path / "odd"), "train")
