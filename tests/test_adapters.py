@@ -26,6 +26,7 @@ from models import (
     tiny_vit,
 )
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -322,6 +323,18 @@ def test_what_a_stranger_wrote_about_an_adapter_is_no_crash(learned):
         assert len(odd.match(model).pairs) == 4
 
 
+@ignoring_miscaled_heads
+def test_a_posterior_over_adapters_is_sampled_and_averaged(learned, tmp_path):
+    settings = {"sampler": "baoa", "max_steps": 6, "num_cycles": 1, "samples_per_cycle": 2, "learning_rate": 0.1}
+    arguments = quiet_arguments(tmp_path, prior_scale=1e3, **settings)
+    trainer = PriorTrainer(
+        model=target("mine"), prior=learned, args=arguments, train_dataset=text_data(N), eval_dataset=text_data(8)
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_bma_loss"] != metrics["eval_loss"]
+
+
 # ------------------------------------------------------------------------------- over base weights, through the adapter
 
 
@@ -478,6 +491,42 @@ def test_names_are_found_behind_ddp(tmp_path):
         assert torch.equal(penalty.penalty(), expected)
     finally:
         dist.destroy_process_group()
+
+
+def on_a_rank(rank, folder):
+    """Half of the rows on each of two ranks; the gradients of A and B are left in a file."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        prior, model = random_prior(tiny_bert(), variance=0.1), adapted(tiny_bert())
+        wrapped = DistributedDataParallel(model)
+        rows = text_data(8)[rank::2]
+        tokens = {k: torch.stack([row[k] for row in rows]) for k in ("input_ids", "attention_mask")}
+        wrapped(**tokens, labels=torch.tensor([row["labels"] for row in rows])).loss.backward()
+        PriorPenalty(prior, wrapped, num_examples=N).add_gradient_()
+        named = canonical_parameters(model)
+        save_file({n: p.grad for n, p in named.items() if p.grad is not None}, f"{folder}/{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_under_ddp_every_rank_has_the_gradient_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
+    prior, model = random_prior(tiny_bert(), variance=0.1), adapted(tiny_bert().double())
+    rows = text_data(8)
+    tokens = {k: torch.stack([row[k] for row in rows]) for k in ("input_ids", "attention_mask")}
+    nll = model(**tokens, labels=torch.tensor([row["labels"] for row in rows])).loss
+    (nll + nats_by_autograd(prior, model) / N).backward()
+    for rank in range(2):
+        gradients = load_file(tmp_path / f"{rank}.safetensors")
+        for name, parameter in canonical_parameters(model).items():
+            assert (name in gradients) == parameter.requires_grad
+            if parameter.requires_grad:
+                assert torch.allclose(gradients[name].double(), parameter.grad, rtol=1e-4, atol=1e-5), name
 
 
 @ignoring_miscaled_heads
@@ -708,6 +757,26 @@ def test_a_prior_over_the_adapter_itself_does_not_mind_a_quantised_base(learned)
     assert len(penalty.trained_parameters()) == 4
 
 
+def test_layers_without_a_weight_at_hand_are_quantised_ones(learned):
+    """As GPTQ leaves them: packed numbers in buffers, and a bias that is under the prior."""
+
+    class Packed(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(2, 8, dtype=torch.int32))
+            self.bias = bias
+
+    model = target()
+    holder = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    holder.base_layer = Packed(holder.base_layer.bias)
+    with pytest.raises(PriorMatchError, match=r"on a quantised layer \(Linear over Packed\), of which W0 is not at hand"):
+        PriorPenalty(random_prior(tiny_bert()), model, num_examples=N)
+    assert len(learned.match(model).pairs) == 4
+    estimator = SwagEstimator(2)
+    estimator.update(model)
+    assert set(estimator.mean()) == set(learned.mean)
+
+
 def test_asking_for_adapters_that_are_not_there_is_refused_and_so_is_doing_without():
     prior = random_prior(tiny_bert())
     with pytest.raises(PriorMatchError, match="through_adapters=True, but there is no active LoRA adapter"):
@@ -753,6 +822,23 @@ def test_bfloat16_adapters_warn_once(tmp_path):
         penalty.add_gradient_()
     wide = PriorPenalty(prior, get_peft_model(tiny_vit().to(torch.bfloat16), config), num_examples=N)
     wide.add_gradient_()  # PEFT keeps A and B in float32 over a bfloat16 base: nothing is lost
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_whose_rounding_the_prior_would_notice_warns_with_what_it_costs(dtype):
+    base = tiny_bert()
+    prior = isotropic_prior(base, variance=1e-9)
+    model = get_peft_model(base.to(dtype), LoraConfig(**QUERY_VALUE))
+    with pytest.warns(PriorWarning, match="rounding alone puts them") as caught:
+        penalty = PriorPenalty(prior, model, num_examples=1)
+    said = float(str(caught[0].message).split("puts them ")[1].split()[0])
+    of_adapted = (
+        sum(float((written_out(la).detach() - prior.mean[n]).square().sum()) for n, la in layers_of(model).items()) / 2e-9
+    )
+    assert said == pytest.approx(of_adapted, rel=0.4)  # a sum of 128 squares, each with sd 0.9 of its mean: 0.08
+    assert float(penalty.penalty()) > of_adapted
+    isotropic = PriorPenalty(prior.rescaled(1e9), model, num_examples=1)  # warnings are errors here
+    assert isotropic.adapters
 
 
 def test_peft_is_not_needed():

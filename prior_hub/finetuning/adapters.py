@@ -28,7 +28,14 @@ from prior_hub.model import PriorModel
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.matching import Match, canonical_parameters, is_tuner_layer, tied_names
 
-__all__ = ["AdaptedWeight", "adapted_weights", "initialize_through_adapters", "is_quantised", "largest_curvature"]
+__all__ = [
+    "AdaptedWeight",
+    "adapted_weights",
+    "initialize_through_adapters",
+    "is_quantised",
+    "largest_curvature",
+    "rounding_cost",
+]
 
 _KNOWN = ("Linear", "Embedding", "Conv2d")  # of peft.tuners.lora.layer
 _ITERATIONS = 30
@@ -184,10 +191,13 @@ def _refuse_other_kinds(raw: str, layer: Any, active: list[str], where: str) -> 
             f"{where} is one of {len(active)} that are active ({', '.join(map(repr, active))}): a prior over base weights is "
             f"taken through one. Call model.set_adapter({active[0]!r}). {out}"
         )
-    if getattr(layer, "quantization_backend", None) is not None or not base.weight.is_floating_point():
+    weight = getattr(base, "weight", None)
+    if getattr(layer, "quantization_backend", None) is not None or not (
+        isinstance(weight, Tensor) and weight.is_floating_point()
+    ):
         raise PriorMatchError(
-            f"{where} is on a quantised layer ({kind.__name__}, {base.weight.dtype}), of which W0 is not at hand. Load the "
-            f"base model unquantised. {out}"
+            f"{where} is on a quantised layer ({kind.__name__} over {type(base).__name__}), of which W0 is not at hand. Load "
+            f"the base model unquantised. {out}"
         )
     if kind.__module__ != "peft.tuners.lora.layer" or kind.__name__ not in _KNOWN or hasattr(layer.base_layer, "base_layer"):
         raise PriorMatchError(
@@ -251,6 +261,24 @@ def initialize_through_adapters(prior: PriorModel, model: nn.Module, **matching:
             stacklevel=3,
         )
     return match
+
+
+@torch.no_grad()
+def rounding_cost(gaussian: LowRankGaussian, adapted: Mapping[str, AdaptedWeight]) -> float:
+    """What the rounding of W0 to bfloat16 or float16 alone costs under the prior, in nats: the expectation, by its diagonal.
+
+    Rounding errors are spread evenly over the gap between two numbers, 2^e x the type's eps for those from 2^e to 2^(e + 1).
+    """
+    low = {name: w.base.dtype for name, w in adapted.items() if w.base.dtype.itemsize < 4}
+    if not low:
+        return 0.0
+    diagonal = gaussian.select(tuple(low)).diagonal_part().marginal_variance()
+    total = 0.0
+    for name, dtype in low.items():
+        mean = gaussian.mean[name].float()
+        gap = torch.exp2(mean.frexp().exponent.float() - 1) * torch.finfo(dtype).eps
+        total += float((torch.where(mean == 0, 0.0, gap).square() / 24 / diagonal[name]).sum())
+    return total
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prior_hub.distributed import contribution, is_sharded, local_tensor, reshard, shard_like, sum_over_ranks
 from prior_hub.errors import PriorMatchError, PriorWarning
-from prior_hub.finetuning.adapters import AdaptedWeight, adapted_weights, is_quantised, largest_curvature
+from prior_hub.finetuning.adapters import AdaptedWeight, adapted_weights, is_quantised, largest_curvature, rounding_cost
 from prior_hub.finetuning.proximal import ProximalStep
 from prior_hub.inference.baoa import BoundGaussian
 from prior_hub.model import PriorModel
@@ -30,6 +30,7 @@ from prior_hub.priors.matching import Match, NameMap, canonical_parameters
 
 __all__ = ["PriorPenalty"]
 
+_ROUNDING = 0.01  # nats per example of rounding in frozen base weights that are worth a warning
 _MARGIN = 1.001  # on advice given as a number: the largest precision is an estimate, in float32
 
 
@@ -139,6 +140,16 @@ class PriorPenalty:
         self.gaussian = _localised(prior, self.match, covered, scale, rank)
         self._any_sharded = any(is_sharded(p) for p in (*covered.values(), *self._head.values()))
         self._warned = False
+        rounding = rounding_cost(self.gaussian, self.adapters) / self.num_examples
+        if rounding > _ROUNDING:
+            kind = str(next(iter(self.adapters.values())).base.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"the frozen base weights are {kind}, and rounding alone puts them {rounding:.2g} nats per example away from "
+                "the prior's mean, which their adapters would be trained to undo. Load the base model in float32, or use a "
+                "larger prior_scale.",
+                PriorWarning,
+                stacklevel=2,
+            )
 
     def penalty(self) -> Tensor:
         """The penalty of prior and head prior together, in nats (not divided by N): 0-d float64, no graph."""

@@ -42,7 +42,8 @@ def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
         return None
     carriers = [m for m in model.modules() if isinstance(getattr(m, "peft_config", None), Mapping)]
     configured = next((m.peft_config[active[0]] for m in carriers if active[0] in m.peft_config), None)  # type: ignore[operator,index]
-    facts: dict[str, Any] = {"type": "LORA"}
+    kind = getattr(configured, "peft_type", None)
+    facts: dict[str, Any] = {"type": str(getattr(kind, "value", "LORA"))}
     for key in ("r", "lora_alpha", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform"):
         value = getattr(configured, key, None)
         if value not in (None, {}, []):
@@ -53,7 +54,7 @@ def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
     same = len(set(scaling.values())) == 1
     facts["scaling"] = next(iter(scaling.values())) if same else scaling
     for module, layer in layers.items():
-        values = _some_values(layer.get_base_layer().weight)
+        values = _some_values(getattr(layer.get_base_layer(), "weight", None))
         if values is not None:
             facts["base_values"] = {"name": f"{module}.weight", "values": [float(f"{v:.5g}") for v in values.tolist()]}
             break
@@ -211,8 +212,14 @@ def _range(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
-def _some_values(weight: Tensor) -> Tensor | None:
+def _some_values(weight: Any) -> Tensor | None:
     """The first few values of a weight, float64 on the CPU; None where it is quantised, sharded or has none."""
-    if is_sharded(weight) or not weight.is_floating_point() or weight.is_meta or not weight.numel():
+    if (
+        not isinstance(weight, Tensor)
+        or is_sharded(weight)
+        or not weight.is_floating_point()
+        or weight.is_meta
+        or not weight.numel()
+    ):
         return None
     return weight.detach().reshape(-1)[:_PROBED].double().cpu()
