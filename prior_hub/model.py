@@ -6,6 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from prior_hub import __version__
 from prior_hub.distributed import copy_full_, is_sharded
 from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
+from prior_hub.priors.adapters import adapter_remarks, refuse_other_adapter, refuse_other_scaling
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
 from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
@@ -404,8 +406,15 @@ class PriorModel:
         on_mismatch: str = "error",
         min_coverage: float = 0.5,
     ) -> Match:
-        """Which parameters of `model` are under this prior; print it. Arguments, errors and warnings as `match_parameters`."""
-        return match_parameters(
+        """Which parameters of `model` are under this prior; print it. Arguments, errors and warnings as `match_parameters`.
+
+        A prior over a LoRA adapter is refused for a model without one, of another rank or scaling, or on other modules.
+        """
+        adapter = self.config.source.get("adapter")
+        adapter = adapter if isinstance(adapter, Mapping) else None
+        if name_map is None and on_mismatch == "error":
+            refuse_other_adapter(self.config.parameters, adapter, model, head=self.config.head_parameters)
+        match = match_parameters(
             self.config.parameters,
             model,
             head_parameters=self.config.head_parameters,
@@ -416,6 +425,11 @@ class PriorModel:
             on_mismatch=on_mismatch,
             min_coverage=min_coverage,
         )
+        refuse_other_scaling(adapter, match, model)
+        remarks = adapter_remarks(adapter, match, model)
+        for remark in remarks:
+            warnings.warn(remark, PriorWarning, stacklevel=2)
+        return replace(match, remarks=(*match.remarks, *remarks)) if remarks else match
 
     def initialize(self, model: nn.Module, **matching: Any) -> Match:
         """Set the matched parameters of `model` to the prior's mean and its BatchNorm buffers to the stored ones.

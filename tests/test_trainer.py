@@ -674,14 +674,15 @@ def test_fsdp_version_1_is_refused_by_its_name(tmp_path):
         trainer._bind()
 
 
-def test_adapters_over_a_frozen_body_are_refused(tmp_path):
+def test_adapters_over_a_frozen_body_are_refused_where_the_prior_may_not_act_through_them(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_vit()
     prior = random_prior(model)
     targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "classifier" not in name]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"]))
+    arguments = quiet_arguments(tmp_path, prior_through_adapters=False)
     with pytest.raises(PriorMatchError, match=r"all \d+ parameters under the prior are frozen.*LoRA"):
-        PriorTrainer(model=adapted, prior=prior, args=quiet_arguments(tmp_path), train_dataset=image_data(4))
+        PriorTrainer(model=adapted, prior=prior, args=arguments, train_dataset=image_data(4))
 
 
 def test_bfloat16_parameters_warn(tmp_path):

@@ -40,6 +40,9 @@ class PriorArgumentsMixin:
         prior_include_head: bind the source task's head too (same classes on both sides).
         prior_on_mismatch: "error" or "drop" for parameters of another shape.
         prior_min_coverage: share of the prior's values that must find a place in the model.
+        prior_through_adapters: whether a prior over base weights is taken through the LoRA adapters on them, as one over
+            W0 + s B A. None: wherever there are such adapters, with a line in the log; True: and an error if there are none;
+            False: never, so that frozen weights are conditioned on, and an error if all are frozen.
         prior_revision: branch, tag or commit of the prior's repository.
         prior_subfolder: folder of the prior in its repository.
     """
@@ -102,6 +105,13 @@ class PriorArgumentsMixin:
     )
     prior_min_coverage: float = field(
         default=0.5, metadata={"help": "Share of the prior's values that must find a place in the model."}
+    )
+    prior_through_adapters: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a prior over base weights is taken through the LoRA adapters on them, as one over W0 + s B A. "
+            "Default: where there are any; True refuses to go without, False never does."
+        },
     )
     prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
     prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})

@@ -5,7 +5,8 @@
 
 Parameters the prior does not know (a new head) get N(0, head_variance I), or nothing when it is None.
 
-A stiff prior (large precision) is better taken as an implicit step after the optimizer's: `attach`, see proximal.py.
+A stiff prior (large precision) is better taken as an implicit step after the optimizer's: `attach`, see proximal.py. Base
+weights that are frozen under LoRA adapters count as the weights that the model computes with, W0 + s B A: see adapters.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from prior_hub.distributed import contribution, is_sharded, local_tensor, reshard, shard_like, sum_over_ranks
 from prior_hub.errors import PriorMatchError, PriorWarning
+from prior_hub.finetuning.adapters import AdaptedWeight, adapted_weights, is_quantised, largest_curvature, rounding_cost
 from prior_hub.finetuning.proximal import ProximalStep
 from prior_hub.inference.baoa import BoundGaussian
 from prior_hub.model import PriorModel
@@ -28,6 +30,7 @@ from prior_hub.priors.matching import Match, NameMap, canonical_parameters
 
 __all__ = ["PriorPenalty"]
 
+_ROUNDING = 0.01  # nats per example of rounding in frozen base weights that are worth a warning
 _MARGIN = 1.001  # on advice given as a number: the largest precision is an estimate, in float32
 
 
@@ -65,16 +68,22 @@ class PriorPenalty:
         include_head: as `match_names`.
         on_mismatch: as `match_names`.
         min_coverage: as `match_names`.
+        through_adapters: whether a prior over weights under a LoRA adapter is one over W0 + s B A, so that its gradient goes
+            to A and B. None: wherever there are such adapters; True: and an error if there are none; False: never, W0 is
+            conditioned on as if there were no adapter, and where all covered weights are frozen that is an error.
 
     Attributes:
         match: the `Match`; print it.
+        adapters: covered weights that are taken through an adapter, by name; empty without any.
         gaussian: the Gaussian over the matched parameters (this rank's shards), by the model's names.
         num_examples: N.
         covered_names: canonical names of the model's parameters that must not be decayed.
 
     Raises:
-        PriorMatchError: prior and model do not fit, or every covered parameter is frozen.
+        PriorMatchError: prior and model do not fit, every covered parameter is frozen, or an adapter is of a kind through which
+            no prior can be taken.
         ValueError: `num_examples` or `head_variance` is not positive.
+        NotImplementedError: adapters on sharded weights.
     """
 
     def __init__(
@@ -90,6 +99,7 @@ class PriorPenalty:
         include_head: bool = False,
         on_mismatch: str = "error",
         min_coverage: float = 0.5,
+        through_adapters: bool | None = None,
     ) -> None:
         if not num_examples >= 1:
             raise ValueError(f"num_examples is {num_examples}, expected the number of training examples, 1 or more.")
@@ -99,30 +109,52 @@ class PriorPenalty:
         self.head_variance = head_variance
         _refuse_flattened(model)  # first: what FSDP 1 leaves of names and shapes would only give a confusing mismatch
         reshard(model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
-        self.match: Match = prior.match(
-            model, name_map=name_map, include_head=include_head, on_mismatch=on_mismatch, min_coverage=min_coverage
-        )
+        matching: dict[str, Any] = {
+            "name_map": name_map,
+            "include_head": include_head,
+            "on_mismatch": on_mismatch,
+            "min_coverage": min_coverage,
+        }
+        self.match: Match = _match(prior, model, matching)
         parameters = canonical_parameters(model)
         covered = {target: parameters[target] for target in self.match.pairs.values()}
+        self.adapters: dict[str, AdaptedWeight] = {} if through_adapters is False else adapted_weights(model, covered)
+        if through_adapters and not self.adapters:
+            raise PriorMatchError("through_adapters=True, but there is no active LoRA adapter on a weight under the prior.")
         self._trained = [name for name, p in covered.items() if p.requires_grad]
-        if not self._trained:
+        adapted = {name: p for weight in self.adapters.values() for name, p in weight.trained.items()}
+        if not self._trained and not adapted:
             raise PriorMatchError(
                 f"all {len(covered)} parameters under the prior are frozen, so that the prior can do nothing (adapters such "
-                "as LoRA freeze the base weights). Unfreeze them, or use a prior over the adapter's own parameters."
+                "as LoRA freeze the base weights). Unfreeze them, let it act through the adapter (through_adapters, "
+                "prior_through_adapters), or use a prior over the adapter's own parameters."
             )
         self._parameters = covered
+        self._adapted = adapted  # A and B
         self._head = {
-            name: parameters[name] for name in self.match.new if parameters[name].requires_grad and head_variance is not None
+            name: parameters[name]
+            for name in self.match.new
+            if parameters[name].requires_grad and head_variance is not None and name not in adapted
         }
-        self.covered_names = frozenset(covered) | frozenset(self._head)
+        self.covered_names = frozenset(covered) | frozenset(self._head) | frozenset(adapted)
         self.gaussian = _localised(prior, self.match, covered, scale, rank)
         self._any_sharded = any(is_sharded(p) for p in (*covered.values(), *self._head.values()))
         self._warned = False
+        rounding = rounding_cost(self.gaussian, self.adapters) / self.num_examples
+        if rounding > _ROUNDING:
+            kind = str(next(iter(self.adapters.values())).base.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"the frozen base weights are {kind}, and rounding alone puts them {rounding:.2g} nats per example away from "
+                "the prior's mean, which their adapters would be trained to undo. Load the base model in float32, or use a "
+                "larger prior_scale.",
+                PriorWarning,
+                stacklevel=2,
+            )
 
     def penalty(self) -> Tensor:
         """The penalty of prior and head prior together, in nats (not divided by N): 0-d float64, no graph."""
         with torch.no_grad():
-            return self.gaussian.penalty(self._local(self._parameters)) + self._head_penalty()
+            return self.gaussian.penalty(self._values()) + self._head_penalty()
 
     def loss(self) -> Tensor:
         """penalty / N as a differentiable 0-d tensor, to be added to a mean NLL before `backward()`.
@@ -135,7 +167,7 @@ class PriorPenalty:
         """
         if self._any_sharded:
             raise NotImplementedError("loss() does not know shards; call add_gradient_() after backward instead.")
-        total = self.gaussian.penalty(self._parameters)
+        total = self.gaussian.penalty(self._parameters | {name: w.effective() for name, w in self.adapters.items()})
         for parameter in self._head.values():
             total = total + 0.5 * parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square().sum() / (
                 self.head_variance or 1.0
@@ -151,15 +183,26 @@ class PriorPenalty:
 
         Returns:
             penalty / N at the present weights, 0-d float64: what the prior adds to the loss (not times factor).
+
+        Raises:
+            ValueError: a gradient is sparse.
         """
         into = {}
         for name in self._trained:
-            into[name] = local_tensor(_gradient(self._parameters[name]))
-        self._warn_if_rounded(into)
+            into[name] = local_tensor(_gradient(name, self._parameters[name]))
+        adapted = {name: _gradient(name, p) for name, p in self._adapted.items()}
+        self._warn_if_rounded(into | adapted)
         share = factor / self.num_examples
-        value = self.gaussian.add_gradient_(self._local(self._parameters), into, share)
-        for parameter in self._head.values():
-            gradient = local_tensor(_gradient(parameter))
+        theta = self._values()
+        whole = {name: torch.zeros_like(theta[name]) for name in self.adapters}  # G, by the weights that are computed with
+        value = self.gaussian.add_gradient_(theta, into | whole, share)
+        for name, gradient in whole.items():
+            if name in into:  # W0 is trained beside its adapter
+                into[name] += gradient.to(into[name].dtype)
+            for own, part in self.adapters[name].pulled_back(gradient).items():
+                adapted[own] += part.to(adapted[own].dtype)
+        for name, parameter in self._head.items():
+            gradient = local_tensor(_gradient(name, parameter))
             gradient += (local_tensor(parameter).to(gradient.dtype) * (share / (self.head_variance or 1.0))).to(gradient.dtype)
         return (value + self._head_penalty()) / self.num_examples
 
@@ -201,12 +244,12 @@ class PriorPenalty:
             self.head_variance = head_variance
 
     def trained_parameters(self) -> dict[str, Tensor]:
-        """Trainable parameters under the prior or the head prior, by canonical name."""
-        return {name: self._parameters[name] for name in self._trained} | self._head
+        """Trainable parameters under the prior or the head prior, adapters that it acts through among them, by name."""
+        return {name: self._parameters[name] for name in self._trained} | self._adapted | self._head
 
     def covered_parameters(self) -> dict[str, Tensor]:
         """Parameters under the prior or the head prior, frozen ones too, by canonical name."""
-        return self._parameters | self._head
+        return self._parameters | self._adapted | self._head
 
     @torch.no_grad()
     def proximal_step_(self, lengths: Mapping[int, float | Tensor]) -> Tensor:
@@ -219,6 +262,7 @@ class PriorPenalty:
         Returns:
             The penalty (head prior included) at the new weights in nats, 0-d float64.
         """
+        self.refuse_adapters("an implicit step")
         steps: dict[str, float | Tensor] = {}
         for name in self._trained:
             if (length := lengths.get(id(self._parameters[name]))) is not None:
@@ -246,6 +290,7 @@ class PriorPenalty:
         """
         if metric not in ("diagonal", "full"):
             raise ValueError(f"metric is {metric!r}, expected 'diagonal' or 'full'.")
+        self.refuse_adapters("a sampler")
         trained = {name: self._parameters[name] for name in self._trained}
         if metric == "diagonal":
             gaussian = self.gaussian.select(tuple(trained)).diagonal_part()
@@ -264,6 +309,7 @@ class PriorPenalty:
 
         In its metric no curvature of the prior is above 1/N, however stiff the prior is.
         """
+        self.refuse_adapters("a sampler")
         variances = self.gaussian.diagonal_part().marginal_variance()
         found: dict[Tensor, Tensor | float] = {self._parameters[name]: variances[name] for name in self._trained}
         return found | dict.fromkeys(self._head.values(), self.head_variance or 1.0)
@@ -276,8 +322,11 @@ class PriorPenalty:
         return (self.gaussian.diagonal_precision() + head) / self.num_examples
 
     def curvature(self) -> float:
-        """The largest curvature the prior adds to the loss: largest precision / N. Gradient descent needs lr * this < 2."""
-        return max(self.gaussian.largest_precision(), self._head_precision()) / self.num_examples
+        """The largest curvature the prior adds to the loss: largest precision / N. Gradient descent needs lr * this < 2.
+
+        Through adapters it is that in A and B, where they are now: s^2 |A|^2 of the precision along B, and so on.
+        """
+        return max(self._body_precision(), self._head_precision()) / self.num_examples
 
     def warn_if_unstable(self, learning_rate: float, *, stacklevel: int = 2) -> bool:
         """Warn if learning rate x largest precision / N is above 2, where an explicit step overshoots; True if so."""
@@ -285,6 +334,9 @@ class PriorPenalty:
         product = learning_rate * curvature
         if product <= 2:
             return False
+        if self.adapters:
+            self._warn_of_stiff_adapters(learning_rate, curvature, stacklevel + 1)
+            return True
         stable = learning_rate / (2 * self.num_examples)  # no eigenvalue of Sigma may be smaller
         smallest, eps, scale = 1 / self.gaussian.largest_precision(), self.gaussian.eps, self.gaussian.scale
         wider = []
@@ -315,9 +367,54 @@ class PriorPenalty:
     def report(self) -> str:
         """One line for logs: what is covered, with which scale and N."""
         head = "" if self.head_variance is None else f", head variance {self.head_variance:g} over {len(self._head)} parameters"
-        return f"{self.match.report()}; rank {self.gaussian.rank}, scale {self.gaussian.scale:g}, N = {self.num_examples}{head}"
+        through = f"; {self.report_of_adapters()}" if self.adapters else ""
+        settings = f"rank {self.gaussian.rank}, scale {self.gaussian.scale:g}, N = {self.num_examples}{head}"
+        return f"{self.match.report()}{through}; {settings}"
+
+    def report_of_adapters(self) -> str:
+        """What is taken through adapters, and what is conditioned on beside them."""
+        still = sum(not p.requires_grad for name, p in self._parameters.items() if name not in self.adapters)
+        return (
+            f"{len(self.adapters)} weights under the prior are taken through their LoRA adapter, as W0 + s B A "
+            f"({', '.join(list(self.adapters)[:2])}, ...), {still} others are frozen and conditioned on"
+        )
 
     # ------------------------------------------------------------------------------------------------------- internals
+
+    def _values(self) -> dict[str, Tensor]:
+        """The covered weights that the model computes with (this rank's shards), detached where there are adapters."""
+        return self._local(self._parameters) | {name: w.effective().detach() for name, w in self.adapters.items()}
+
+    def _body_precision(self) -> float:
+        if not self.adapters:
+            return self.gaussian.largest_precision()
+        trained = {name: self._parameters[name] for name in self._trained}
+        return largest_curvature(self.gaussian, self.adapters, trained)
+
+    def refuse_adapters(self, what: str) -> None:
+        """Raise `ValueError` where the prior is taken through adapters, which `what` cannot be."""
+        if self.adapters:
+            raise ValueError(
+                f"{what} needs a prior that is Gaussian in the parameters that are trained. This one is taken through LoRA "
+                f"adapters ({next(iter(self.adapters))!r} is W0 + s B A), and in A and B it is none. Use gradients "
+                "(prior_update='gradient'), or a prior over the adapter's own parameters."
+            )
+
+    def _warn_of_stiff_adapters(self, learning_rate: float, curvature: float, stacklevel: int) -> None:
+        changes = [f"learning_rate to {_two_digits(2 / curvature / _MARGIN, math.floor)} or less"]
+        if self.gaussian.eps == 0.0 and self._head_precision() / self.num_examples < curvature:
+            wider = _two_digits(_MARGIN * self.gaussian.scale * learning_rate * curvature / 2, math.ceil)
+            changes.append(f"prior_scale from {self.gaussian.scale:g} to {wider} or more")
+        changes.append("or learn the prior with a larger variance_floor")
+        warnings.warn(
+            f"the prior is too stiff for this learning rate, taken through the adapters as they are now: learning rate "
+            f"{learning_rate:g} x largest curvature of penalty / N in A and B, {curvature:.3g}, is "
+            f"{learning_rate * curvature:.3g}, and plain gradient steps are stable only below 2 (an adaptive optimizer will "
+            "not diverge, but follows the prior's gradient and little else). There is no implicit step through adapters. "
+            f"Change one of: {'; '.join(changes)}.",
+            PriorWarning,
+            stacklevel=stacklevel + 1,
+        )
 
     def _local(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: local_tensor(p) for name, p in parameters.items()}
@@ -350,6 +447,27 @@ class PriorPenalty:
             )
 
 
+def _match(prior: PriorModel, model: nn.Module, matching: dict[str, Any]) -> Match:
+    """`prior.match`, with the likely reason where the base is quantised: its weights have other names, shapes and types."""
+    try:
+        match = prior.match(model, **matching)
+    except PriorMatchError as error:
+        if not is_quantised(model):
+            raise
+        raise PriorMatchError(
+            f"the model's weights are quantised, so that a prior over them has nothing to compare its mean with: load it "
+            f"unquantised, or use a prior over the adapter's own parameters. ({error})"
+        ) from error
+    parameters = canonical_parameters(model)
+    odd = [target for target in match.pairs.values() if not parameters[target].is_floating_point()]
+    if odd:
+        raise PriorMatchError(
+            f"{len(odd)} parameters under the prior are quantised ({odd[0]!r} is {parameters[odd[0]].dtype}): load the model "
+            "unquantised, or use a prior over the adapter's own parameters."
+        )
+    return match
+
+
 def _localised(
     prior: PriorModel, match: Match, covered: dict[str, Tensor], scale: float | None, rank: int | None
 ) -> LowRankGaussian:
@@ -378,9 +496,14 @@ def _two_digits(value: float, rounded: Callable[[float], int]) -> str:
     return f"{rounded(value / unit) * unit:.2g}"
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _gradient(name: str, parameter: Tensor) -> Tensor:
     if parameter.grad is None:  # unused in the forward pass: the prior holds all the same
         parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of {name!r} is sparse (an Embedding with sparse=True), and the prior holds every row in every step: "
+            "make the embedding with sparse=False, or take the prior as an implicit step (attach, with SGD)."
+        )
     return parameter.grad
 
 

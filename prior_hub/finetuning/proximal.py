@@ -73,6 +73,10 @@ def chosen_update(requested: str, penalty: PriorPenalty, optimizer: torch.optim.
     """
     if requested not in UPDATES:
         raise ValueError(f"prior_update is {requested!r}, expected one of {', '.join(map(repr, UPDATES))}.")
+    if penalty.adapters and requested == "implicit":
+        penalty.refuse_adapters("prior_update='implicit'")
+    if penalty.adapters and requested == "auto":
+        return "gradient", "there is no implicit step for a prior that is taken through adapters"
     known = can_step_implicitly(optimizer)
     if requested == "implicit" and not known:
         raise ValueError(
@@ -118,6 +122,7 @@ class ProximalStep:
     """
 
     def __init__(self, penalty: PriorPenalty, optimizer: torch.optim.Optimizer) -> None:
+        penalty.refuse_adapters("an implicit step")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if not can_step_implicitly(optimizer):
             raise ValueError(

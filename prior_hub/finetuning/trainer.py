@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from prior_hub.distributed import reshard
 from prior_hub.errors import PriorWarning
+from prior_hub.finetuning.adapters import initialize_through_adapters
 from prior_hub.finetuning.arguments import SamplingArgumentsMixin
 from prior_hub.finetuning.counting import COUNTS, count_labels
 from prior_hub.finetuning.penalty import PriorPenalty
@@ -80,6 +81,7 @@ _DEFAULTS: dict[str, Any] = {
     "prior_include_head": False,
     "prior_on_mismatch": "error",
     "prior_min_coverage": 0.5,
+    "prior_through_adapters": None,
     "prior_revision": None,
     "prior_subfolder": None,
     "sampler": None,
@@ -112,7 +114,7 @@ class PriorTrainerMixin(_TrainerBase):
         **kwargs: as the Trainer.
 
     Raises:
-        PriorMatchError: prior and model do not fit, or every covered parameter is frozen (LoRA).
+        PriorMatchError: prior and model do not fit, or every covered parameter is frozen and no LoRA adapter is on any of them.
         ValueError: N is not known, or a setup in which the prior's gradient cannot be right (DeepSpeed, optimizers that
             step inside backward, weight decay on covered parameters, FSDP version 1).
     """
@@ -180,8 +182,10 @@ class PriorTrainerMixin(_TrainerBase):
         penalty = self._bind()  # first: what is refused leaves the model as it came
         if self.model_init is None and self._starts_at_the_mean():
             reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
-            self.prior.initialize(self.model, **self._matching())
+            self._initialize(self.model)
         logger.info(f"Prior: {penalty.report()}")
+        if penalty.adapters and self._prior_settings["prior_through_adapters"] is None and self._speaks():
+            logger.warning_advice(f"Prior: {penalty.report_of_adapters()} (prior_through_adapters=False refuses that).")
         self.add_callback(_BindPrior(self))
         if self._asked_for("prior_scale") or self._asked_for("prior_head_variance"):
             refuse_impossible_search(self)
@@ -234,6 +238,17 @@ class PriorTrainerMixin(_TrainerBase):
             "min_coverage": self._prior_settings["prior_min_coverage"],
         }
 
+    def _initialize(self, model: nn.Module) -> None:
+        """Set a model to the prior's mean: the weights it computes with, where they are taken through adapters."""
+        assert self.prior is not None  # noqa: S101
+        if self._prior_settings["prior_through_adapters"] is False:
+            self.prior.initialize(model, **self._matching())
+        else:
+            initialize_through_adapters(self.prior, model, **self._matching())
+
+    def _speaks(self) -> bool:
+        return bool(self.is_world_process_zero()) and logging.get_verbosity() <= logging.WARNING
+
     def _bind(self) -> PriorPenalty:
         """Bind the prior to the parameters as they are now (after wrapping and sharding: called when training begins)."""
         assert self.prior is not None  # noqa: S101
@@ -246,8 +261,11 @@ class PriorTrainerMixin(_TrainerBase):
             scale=self._prior_settings["prior_scale"],
             rank=self._prior_settings["prior_rank"],
             head_variance=self._head_variance(),
+            through_adapters=self._prior_settings["prior_through_adapters"],
             **self._matching(),
         )
+        if self.sampling is not None:
+            self.prior_penalty.refuse_adapters(f"sampler={self.sampling.sampler!r}")
         self._covered_names = self.prior_penalty.covered_names
         return self.prior_penalty
 
@@ -315,7 +333,7 @@ class PriorTrainerMixin(_TrainerBase):
         """As Trainer; a fresh model starts from the prior's mean."""
         model: nn.Module = super().call_model_init(trial)
         if self.prior is not None and self._starts_at_the_mean():
-            self.prior.initialize(model, **self._matching())
+            self._initialize(model)
         return model
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -482,7 +500,7 @@ class PriorTrainerMixin(_TrainerBase):
         if self._searching and asked == "auto":  # priors of all scales follow
             asked = "implicit" if can_step_implicitly(optimizer) else "gradient"
         self.prior_update, reason = chosen_update(asked, penalty, optimizer)
-        if asked == "auto" and self.is_world_process_zero() and logging.get_verbosity() <= logging.WARNING:
+        if asked == "auto" and self._speaks():
             logger.warning_advice(f"prior_update='auto' takes the {self.prior_update} form: {reason}.")
         if self.prior_update == "implicit":
             self._proximal = penalty.attach(optimizer)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from prior_hub.distributed import is_sharded, local_tensor, moved_placements, reshard
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNumericsError
 from prior_hub.model import PriorModel
+from prior_hub.priors.adapters import adapter_facts
 from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.config import is_hub_name
 from prior_hub.priors.matching import (
@@ -214,6 +215,7 @@ class SwagEstimator:
             "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
         }
         given = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
+        given["adapter"] = facts.get("adapter")
         recorded = (
             facts.get("source", {}) | {key: value for key, value in given.items() if value is not None} | dict(source or {})
         )
@@ -327,7 +329,7 @@ class SwagEstimator:
 
     def _covered(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parameters = canonical_parameters(model)
-        facts = self._facts or source_facts(model, self.head) | declared_facts(model)
+        facts = self._facts or source_facts(model, self.head) | declared_facts(model) | {"adapter": adapter_facts(model)}
         outside = set(facts["head_parameters"])
         covered = {n: p for n, p in parameters.items() if n not in outside and (p.requires_grad or n in self._mean)}
         if not covered:

@@ -61,8 +61,10 @@ _AMBIGUOUS = 0.9  # a second prefix that explains this share of what the best on
 def canonical_parameters(model: nn.Module) -> dict[str, Tensor]:
     """name -> parameter, wrappers stripped from the names, tied weights once, in `named_parameters()` order.
 
-    Strips DDP's `module.`, `torch.compile`'s, FSDP's and the checkpoint wrapper's parts, PEFT's `base_model.model.` and
-    `.base_layer`; of a PEFT `modules_to_save` pair the trained copy is taken.
+    Strips DDP's `module.`, `torch.compile`'s, FSDP's and the checkpoint wrapper's parts, PEFT's `base_model.model.`,
+    `.base_layer` and the name of the active adapter (`query.lora_A.weight`, as PEFT's own files have it; where several are
+    active they keep their names). Adapters that are not active are left out; of a PEFT `modules_to_save` pair the trained copy
+    is taken.
 
     Raises:
         PriorMatchError: two parameters get the same name.
@@ -155,15 +157,48 @@ def _chain(model: nn.Module) -> list[nn.Module]:
         chain.append(inner)
 
 
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the active PEFT adapters of a model, also inside DDP and torch.compile; () for a model without any."""
+    peft = next((m for m in _chain(model) if hasattr(m, "peft_config")), None)
+    active = getattr(peft, "active_adapters", None) or getattr(peft, "active_adapter", None) or ()
+    return (active,) if isinstance(active, str) else tuple(active() if callable(active) else active)
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's layers around a layer of the base model, told without importing PEFT."""
+    return hasattr(type(module), "adapter_layer_names") and hasattr(type(module), "get_base_layer")
+
+
+def _adapter_places(model: nn.Module) -> dict[str, str]:
+    """Raw prefix of an adapter's part of a layer ("...query.lora_A.default") -> name of the adapter."""
+    places: dict[str, str] = {}
+    for raw, module in model.named_modules():
+        if not is_tuner_layer(module):
+            continue
+        names: Any = module.adapter_layer_names
+        for kind in names:
+            container = getattr(module, str(kind), None)
+            if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
+                places |= {f"{raw}.{kind}.{adapter}" if raw else f"{kind}.{adapter}": adapter for adapter in container}
+    return places
+
+
 def _stripper(model: nn.Module) -> Callable[[str], str | None]:
-    """The function from a raw name to a canonical one; None for PEFT's untrained copies."""
+    """The function from a raw name to a canonical one; None for PEFT's untrained copies and adapters that are not active."""
     chain = _chain(model)
     wrapped = any(type(m).__name__ in ("DistributedDataParallel", "DataParallel") for m in chain)
     peft = next((m for m in chain if hasattr(m, "peft_config")), None)
-    active = getattr(peft, "active_adapters", None) or getattr(peft, "active_adapter", None) or ()
-    adapters = {active} if isinstance(active, str) else set(active() if callable(active) else active)
+    adapters = set(active_adapters(model))
+    places = {} if peft is None else _adapter_places(model)
 
     def strip(raw: str) -> str | None:
+        if places:
+            pieces = raw.split(".")
+            at = next((i for i in range(len(pieces), 0, -1) if ".".join(pieces[:i]) in places), 0)
+            if at and adapters and pieces[at - 1] not in adapters:
+                return None
+            if at and len(adapters) == 1:
+                raw = ".".join(pieces[: at - 1] + pieces[at:])
         parts = [part for part in raw.split(".") if part not in _WRAPPER_PARTS]
         if wrapped and parts[0] == "module":
             parts = parts[1:]
@@ -204,8 +239,8 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
         model: any model.
         head: "auto" asks the model: everything outside the module that it declares (`declared_backbone`), timm's
             `get_classifier()`, everything outside `base_model` or `backbone` of a transformers model, or a top-level module
-            with one of the usual names (fc, classifier, head, ...). A sequence names modules or parameters; () or None says
-            there is no head.
+            with one of the usual names (fc, classifier, head, ...); with PEFT also its `modules_to_save`. A sequence names
+            modules or parameters; () or None says there is no head.
 
     Raises:
         PriorMatchError: "auto" finds nothing, or a given name does not exist. A head that goes unnoticed would bind to
@@ -229,6 +264,8 @@ def head_parameter_names(model: nn.Module, head: str | Sequence[str] | None = "a
             f"cannot tell which part of {type(inner).__name__} is the source task's head. Pass head=('name',) with the "
             f"module that is replaced downstream (top-level modules: {top}), or head=() if the model has none."
         )
+    if active_adapters(model):
+        ids = ids | {id(p) for raw, p in model.named_parameters() if ".modules_to_save." in raw}
     return [name for name, tensor in names.items() if id(tensor) in ids]
 
 
