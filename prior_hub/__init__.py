@@ -30,7 +30,10 @@ _LAZY = {
     "BayesianModelAverage": "prior_hub.inference.average",
     "BoundGaussian": "prior_hub.inference.baoa",
     "ChainDiagnostics": "prior_hub.inference.diagnostics",
+    "CategoricalLikelihood": "prior_hub.learning.fisher",
     "CyclicalSchedule": "prior_hub.inference.schedule",
+    "DiagonalFisherEstimator": "prior_hub.learning.fisher",
+    "GaussianLikelihood": "prior_hub.learning.fisher",
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
@@ -67,8 +70,11 @@ __all__ = [
     "AveragedPrediction",
     "BayesianModelAverage",
     "BoundGaussian",
+    "CategoricalLikelihood",
     "ChainDiagnostics",
     "CyclicalSchedule",
+    "DiagonalFisherEstimator",
+    "GaussianLikelihood",
     "LowRankGaussian",
     "Match",
     "PriorAccessError",
@@ -119,6 +125,7 @@ if TYPE_CHECKING:
     from prior_hub.inference.sghmc import SGHMC
     from prior_hub.inference.sgld import SGLD
     from prior_hub.learning.callback import SwagCallback
+    from prior_hub.learning.fisher import CategoricalLikelihood, DiagonalFisherEstimator, GaussianLikelihood
     from prior_hub.learning.isotropic import isotropic_prior
     from prior_hub.learning.swag import SwagEstimator
     from prior_hub.model import PriorModel, push_prior_to_hub

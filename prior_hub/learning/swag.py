@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,16 @@ class SwagEstimator:
             "variance_entries_at_floor": floored,
             "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
         }
-        recorded = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
+        about = provenance(
+            facts,
+            mean,
+            base_model=base_model,
+            base_model_revision=base_model_revision,
+            objective=objective,
+            dataset=dataset,
+            dataset_license=dataset_license,
+            source=source,
+        )
         return PriorModel.from_tensors(
             mean,
             variance,
@@ -211,14 +220,9 @@ class SwagEstimator:
             eps=eps,
             variance_floor=self.variance_floor,
             num_snapshots=self.num_snapshots,
-            head_parameters=tuple(facts["head_parameters"]),
-            tied_parameters={alias: name for alias, name in facts["tied_parameters"].items() if name in mean},
-            base_model=base_model or facts["base_model"],
-            base_model_revision=base_model_revision or (facts["base_model_revision"] if base_model is None else None),
-            model_type=facts["model_type"],
-            source={key: value for key, value in {**recorded, **(source or {})}.items() if value is not None},
             estimator={**own, **(estimator or {})},
             license=license,
+            **about,
         )
 
     # ------------------------------------------------------------------------------------------------------- the state
@@ -387,6 +391,29 @@ def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str
         "base_model": base if on_the_hub else None,  # a path of this machine means nothing to others
         "base_model_revision": getattr(config, "_commit_hash", None) if on_the_hub else None,
         "model_type": getattr(config, "model_type", None) or type(inner).__name__,
+    }
+
+
+def provenance(
+    facts: Mapping[str, Any],
+    covered: Container[str],
+    *,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
+    objective: str | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_license: str | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The fields of `PriorConfig` about where a prior comes from: `source_facts`, and what the caller knows better."""
+    recorded = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
+    return {
+        "head_parameters": tuple(facts["head_parameters"]),
+        "tied_parameters": {alias: name for alias, name in facts["tied_parameters"].items() if name in covered},
+        "base_model": base_model or facts["base_model"],
+        "base_model_revision": base_model_revision or (facts["base_model_revision"] if base_model is None else None),
+        "model_type": facts["model_type"],
+        "source": {key: value for key, value in {**recorded, **(source or {})}.items() if value is not None},
     }
 
 
