@@ -55,6 +55,7 @@ _LAZY = {
     "classification_metrics": "prior_hub.inference.metrics",
     "disagreement": "prior_hub.inference.diagnostics",
     "isotropic_prior": "prior_hub.learning.isotropic",
+    "learn_prior": "prior_hub.learning.recipes",
     "list_samples": "prior_hub.inference.samples",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
@@ -103,6 +104,7 @@ __all__ = [
     "classification_metrics",
     "disagreement",
     "isotropic_prior",
+    "learn_prior",
     "list_samples",
     "match_parameters",
     "push_prior_to_hub",
@@ -127,6 +129,7 @@ if TYPE_CHECKING:
     from prior_hub.learning.callback import SwagCallback
     from prior_hub.learning.fisher import CategoricalLikelihood, DiagonalFisherEstimator, GaussianLikelihood
     from prior_hub.learning.isotropic import isotropic_prior
+    from prior_hub.learning.recipes import learn_prior
     from prior_hub.learning.swag import SwagEstimator
     from prior_hub.model import PriorModel, push_prior_to_hub
     from prior_hub.priors.batch_norm import recompute_batch_norm

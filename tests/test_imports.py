@@ -28,6 +28,7 @@ TRANSFORMERS = {
     "prior_hub.finetuning.trainer",
     "prior_hub.finetuning.arguments",
     "prior_hub.learning.callback",
+    "prior_hub.learning.recipes",
     "prior_hub.demo",
 }
 MATPLOTLIB = {"prior_hub.plots"}

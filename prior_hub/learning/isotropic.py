@@ -8,6 +8,7 @@ Source: Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer L
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def isotropic_prior(
 ) -> PriorModel:
     """An isotropic Gaussian at the weights of a model, or at the mean of a prior.
 
+        prior = isotropic_prior(AutoModel.from_pretrained("org/name"))  # base model and commit are recorded
+
     Args:
         source: a model (its head is left out), or a prior whose mean, names and buffers are taken.
         variance: the one variance; `prior_scale` multiplies it.
@@ -39,11 +42,17 @@ def isotropic_prior(
         **metadata: fields of `PriorConfig`, such as base_model or license.
 
     Raises:
-        ValueError: `variance` is not positive.
+        ValueError: `variance` is not positive, or `source` is a name.
         PriorMatchError: the head cannot be told.
     """
     if not variance > 0:
         raise ValueError(f"variance is {variance}, expected a number > 0.")
+    if isinstance(source, (str, os.PathLike)):  # names in a checkpoint need not be those in its model (ViT: they are not)
+        raise ValueError(
+            f"source is the name {os.fspath(source)!r}, expected a model or a prior: its class decides what the weights are "
+            f"called and what its head is. Load it, isotropic_prior(AutoModel.from_pretrained({os.fspath(source)!r})), or use "
+            "learn_prior(name, estimator='isotropic')."
+        )
     facts: dict[str, Any]
     if isinstance(source, PriorModel):
         known = source.config
