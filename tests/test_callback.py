@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hub_fixtures import fresh_repo_id
-from models import image_data, quiet_arguments, tiny_bert, tiny_resnet, tiny_vit
+from models import image_data, quiet_arguments, text_data, tiny_bert, tiny_resnet, tiny_vit
 from priors_for_tests import differences
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -318,6 +319,43 @@ def test_a_learning_rate_that_decays_to_nothing_warns_also_across_a_resume(tmp_p
         trainer_with(tmp_path, every_step(), **settings).train()
     with pytest.warns(PriorWarning, match=r"the learning rate fell from 0\.0375 to 0"):  # one snapshot is left after step 11
         trainer_with(tmp_path, every_step(), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+
+
+# ------------------------------------------------------------------------------------------------------ source models
+
+
+def wrapped_timm() -> nn.Module:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_byobnet", num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        pytest.param(tiny_resnet, "classifier.", id="ResNetForImageClassification"),
+        pytest.param(tiny_vit, "classifier.", id="ViTForImageClassification"),
+        pytest.param(tiny_bert, "classifier.", id="BertForSequenceClassification"),
+        pytest.param(wrapped_timm, "timm_model.head.fc.", id="timm in transformers"),
+        pytest.param(lambda: timm.create_model("test_byobnet", num_classes=3), "head.fc.", id="timm"),
+    ],
+)
+def test_a_supervised_source_of_any_kind_gives_a_prior_over_all_but_its_head(tmp_path, make, head):
+    model, callback = make(), every_step(swa_lr=0.01)
+    plain = type(model).__module__.startswith("timm.")
+    data = text_data() if "Bert" in type(model).__name__ else image_data()
+    if plain:
+        data = [{"x": row["pixel_values"], "labels": row["labels"]} for row in data]
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "lr_scheduler_type": "linear"}
+    args = quiet_arguments(tmp_path, TrainingArguments, **settings, remove_unused_columns=not plain)
+    loss = (lambda logits, labels, **_: nn.functional.cross_entropy(logits, labels)) if plain else None
+    Trainer(model, args, train_dataset=data, callbacks=[callback], compute_loss_func=loss).train()
+    prior = callback.prior()
+    names = [n for n, _ in model.named_parameters()]
+    assert list(prior.mean) == [n for n in names if not n.startswith(head)]
+    assert prior.config.head_parameters == tuple(n for n in names if n.startswith(head)) != ()
+    moving = [n for n, v in prior.variance.items() if v.max() > 1e-9]
+    assert len(moving) > 0.8 * len(prior.mean)  # the queries and keys of the tiny Bert hardly do
 
 
 # ------------------------------------------------------------------------------------------------------- learning rate

@@ -26,6 +26,7 @@ __all__ = ["isotropic_prior"]
 
 def isotropic_prior(
     source: nn.Module | PriorModel,
+    /,
     *,
     variance: float = 1.0,
     head: str | Sequence[str] | None = "auto",
@@ -39,7 +40,7 @@ def isotropic_prior(
         source: a model (its head is left out), or a prior whose mean, names and buffers are taken.
         variance: the one variance; `prior_scale` multiplies it.
         head: as in `SwagEstimator`; not used for a prior.
-        **metadata: fields of `PriorConfig`, such as base_model or license.
+        **metadata: fields of `PriorConfig`, such as base_model, license, or source={"dataset": ...}.
 
     Raises:
         ValueError: `variance` is not positive, or `source` is a name.
