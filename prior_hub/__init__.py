@@ -30,8 +30,11 @@ _LAZY = {
     "BarlowTwins": "prior_hub.learning.barlow_twins",
     "BayesianModelAverage": "prior_hub.inference.average",
     "BoundGaussian": "prior_hub.inference.baoa",
+    "CategoricalLikelihood": "prior_hub.learning.fisher",
     "ChainDiagnostics": "prior_hub.inference.diagnostics",
     "CyclicalSchedule": "prior_hub.inference.schedule",
+    "DiagonalFisherEstimator": "prior_hub.learning.fisher",
+    "GaussianLikelihood": "prior_hub.learning.fisher",
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
@@ -58,6 +61,7 @@ _LAZY = {
     "classification_metrics": "prior_hub.inference.metrics",
     "disagreement": "prior_hub.inference.diagnostics",
     "isotropic_prior": "prior_hub.learning.isotropic",
+    "learn_prior": "prior_hub.learning.recipes",
     "list_samples": "prior_hub.inference.samples",
     "match_parameters": "prior_hub.priors.matching",
     "push_prior_to_hub": "prior_hub.model",
@@ -76,8 +80,11 @@ __all__ = [
     "BarlowTwins",
     "BayesianModelAverage",
     "BoundGaussian",
+    "CategoricalLikelihood",
     "ChainDiagnostics",
     "CyclicalSchedule",
+    "DiagonalFisherEstimator",
+    "GaussianLikelihood",
     "LowRankGaussian",
     "Match",
     "PriorAccessError",
@@ -111,6 +118,7 @@ __all__ = [
     "classification_metrics",
     "disagreement",
     "isotropic_prior",
+    "learn_prior",
     "list_samples",
     "match_parameters",
     "push_prior_to_hub",
@@ -137,7 +145,9 @@ if TYPE_CHECKING:
     from prior_hub.inference.sgld import SGLD
     from prior_hub.learning.barlow_twins import BarlowTwins
     from prior_hub.learning.callback import SwagCallback
+    from prior_hub.learning.fisher import CategoricalLikelihood, DiagonalFisherEstimator, GaussianLikelihood
     from prior_hub.learning.isotropic import isotropic_prior
+    from prior_hub.learning.recipes import learn_prior
     from prior_hub.learning.self_supervised import SelfSupervised
     from prior_hub.learning.simclr import SimCLR
     from prior_hub.learning.swag import SwagEstimator

@@ -60,6 +60,26 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _learn(arguments: argparse.Namespace) -> int:
+    from prior_hub.learning.recipes import learn_prior
+    from prior_hub.model import push_prior_to_hub
+
+    given = {name: value for name, value in vars(arguments).items() if name in _LEARN_NAMES and value is not None}
+    learn_prior(arguments.base_model, arguments.dataset, **given)
+    folder = str(arguments.output)
+    pushed = None if arguments.push_to is None else push_prior_to_hub(folder, arguments.push_to)
+    if arguments.json:
+        config, _, _ = _config(argparse.Namespace(prior=folder, subfolder=None, revision=None))
+        result = {"ok": True, "folder": folder, "config": json.loads(config.to_json())}
+        print(json.dumps(result | ({} if pushed is None else {"pushed": dataclasses.asdict(pushed)})))
+        return 0
+    _info(argparse.Namespace(prior=folder, subfolder=None, revision=None, json=False))
+    print(f"\nnext: prior-hub check {folder}" + (f"\n      prior-hub push {folder} YOUR-NAME/NAME" if pushed is None else ""))
+    if pushed is not None:
+        print(f"pushed to {pushed.pull_request_url or pushed.commit_url}")
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     config, where, commit = _config(arguments)
     if arguments.json:
@@ -317,6 +337,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a much smaller run that shows the path, not the result")
     demo.add_argument("--progress", action="store_true", help="show progress bars even where the output is no terminal")
 
+    learn = _command(
+        commands,
+        "learn",
+        _learn,
+        "learn a prior: a model and a data set in, a prior's folder out",
+        "Trains the model on the data set with a constant learning rate and takes SWAG snapshots, or estimates the Fisher "
+        "information at its weights, and writes the Gaussian with its card. Columns and the kind of task are told by the data "
+        "set's own types. A head that does not fit the classes is made anew; no head is ever in the prior. Runs on the "
+        "accelerator that is there. Data sets need pip install 'prior-hub[vision]'.",
+        "examples:\n"
+        "  prior-hub learn --base-model microsoft/resnet-50 --dataset uoft-cs/cifar10 --steps 2000 --output cifar10-prior\n"
+        "  prior-hub learn --base-model timm/resnet18.a1_in1k --dataset ./photos --estimator fisher --output photos-prior\n"
+        "  prior-hub learn --base-model google-bert/bert-base-uncased --dataset fancyzhx/ag_news --objective masked-lm "
+        "--output news-prior\n"
+        "  prior-hub learn --base-model microsoft/resnet-50 --estimator isotropic --variance 0.01 --output l2-sp-prior",
+    )
+    _learn_arguments(learn)
+
     info = _command(
         commands,
         "info",
@@ -460,6 +498,65 @@ class _Formatter(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+_LEARN_NAMES = (
+    *("output", "estimator", "objective", "subset", "split", "image_column", "text_column", "label_column", "max_examples"),
+    *("steps", "batch_size", "learning_rate", "optimizer", "weight_decay", "augment", "max_length", "rank", "start"),
+    *("every_n_steps", "variance_floor", "labels", "prior_precision", "variance", "head", "revision", "license", "seed"),
+    *("use_cpu", "progress"),
+)
+
+
+def _learn_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `learn_prior`; what is not given has that function's default."""
+    add = parser.add_argument
+    add(
+        "--base-model",
+        required=True,
+        metavar="MODEL",
+        help="organisation/name on the Hub or a local folder: a transformers model, or a timm one (timm/...)",
+    )
+    add("--dataset", metavar="DATA", help="organisation/name, or a folder of parquet, json, csv or images (not for isotropic)")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="new folder to write the prior to")
+    add(
+        "--estimator",
+        choices=("swag", "diagonal-swag", "fisher", "isotropic"),
+        help="how the covariance is found (default: swag)",
+    )
+    add("--objective", choices=("supervised", "masked-lm"), help="what the source task optimises (default: supervised)")
+    add("--split", metavar="SPLIT", help="split of the data set, also train[:1000] (default: train)")
+    add("--subset", metavar="NAME", help="configuration of a data set that has several")
+    add("--image-column", metavar="COLUMN", help="column of images (default: the only one)")
+    add("--text-column", metavar="COLUMN", help="column of texts (default: the only one, or text, sentence, ...)")
+    add("--label-column", metavar="COLUMN", help="column of classes (default: label, or the only one of class type)")
+    add("--max-examples", type=_positive, metavar="N", help="use a random draw of N examples")
+    add("--steps", type=_count, metavar="N", help="optimizer steps (default: 1000; fisher: 0 unless the head is new)")
+    add("--batch-size", type=_positive, metavar="N", help="examples per step (default: 32)")
+    add("--learning-rate", type=float, metavar="X", help="constant (default: 0.01 for images, 2e-5 for texts)")
+    add("--optimizer", choices=("sgd", "adamw"), help="default: sgd for images, adamw for texts")
+    add("--weight-decay", type=float, metavar="X", help="default: 0")
+    add("--no-augment", dest="augment", action="store_const", const=False, help="do not flip and shift images")
+    add("--max-length", type=_positive, metavar="N", help="tokens that texts are cut to (default: 128)")
+    add("--rank", type=_count, metavar="K", help="deviations that swag keeps (default: 20)")
+    add("--start", type=_step_or_share, metavar="X", help="first step of snapshots, or a share of training (default: 0.5)")
+    add("--every-n-steps", type=_positive, metavar="N", help="steps between snapshots")
+    add("--variance-floor", type=float, metavar="X", help="least variance (default: 1e-12)")
+    add("--labels", choices=("model", "expectation", "data"), help="labels of the Fisher (default: drawn from the model)")
+    add("--prior-precision", type=float, metavar="X", help="of the source task's prior, for fisher (default: 1)")
+    add("--variance", type=float, metavar="X", help="of isotropic (default: 1)")
+    add("--head", nargs="+", metavar="MODULE", help="modules of the source task's head (default: asks the model)")
+    add("--revision", metavar="REV", help="branch, tag or commit of the base model")
+    add("--license", metavar="ID", help="licence of the prior, a Hub identifier such as apache-2.0")
+    add("--seed", type=_count, metavar="N", help="default: 0")
+    add("--cpu", dest="use_cpu", action="store_const", const=True, help="do not use an accelerator that is there")
+    add("--progress", action="store_const", const=True, help="show progress bars even where the output is no terminal")
+    add("--push-to", metavar="REPO", help="also publish it on the Hub under this name")
+    _json_argument(parser)
+
+
+def _step_or_share(text: str) -> int | float:
+    return float(text) if any(mark in text for mark in ".e") else int(text)
 
 
 def _prior_argument(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hub_fixtures import fresh_repo_id
-from models import image_data, quiet_arguments, tiny_bert, tiny_resnet, tiny_vit
+from models import image_data, quiet_arguments, text_data, tiny_bert, tiny_resnet, tiny_vit
 from priors_for_tests import differences
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -281,6 +282,12 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
         ({"every_n_steps": 0}, "1 or more"),
         ({"batch_norm": "none"}, "'recompute' or 'last'"),
         ({"rank": -1}, "0 .diagonal only. or more"),
+        ({"swa_lr": 0.0}, "swa_lr is 0.0, expected a number > 0"),
+        ({"schedule": "cosine"}, "'constant' or 'cyclic'"),
+        ({"schedule": "cyclic"}, "pass swa_lr, the learning rate after start"),
+        ({"swa_lr": 0.1, "swa_lr_min": 0.01}, "pass schedule='cyclic' too"),
+        ({"swa_lr": 0.1, "schedule": "cyclic"}, "needs swa_lr_min, the low end"),
+        ({"swa_lr": 0.1, "schedule": "cyclic", "swa_lr_min": 0.2}, "0 < swa_lr_min <= swa_lr=0.1; it is 0.2"),
     ],
 )
 def test_impossible_settings_are_value_errors(settings, message):
@@ -314,6 +321,142 @@ def test_a_learning_rate_that_decays_to_nothing_warns_also_across_a_resume(tmp_p
         trainer_with(tmp_path, every_step(), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
 
 
+# ------------------------------------------------------------------------------------------------------ source models
+
+
+def wrapped_timm() -> nn.Module:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_byobnet", num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        pytest.param(tiny_resnet, "classifier.", id="ResNetForImageClassification"),
+        pytest.param(tiny_vit, "classifier.", id="ViTForImageClassification"),
+        pytest.param(tiny_bert, "classifier.", id="BertForSequenceClassification"),
+        pytest.param(wrapped_timm, "timm_model.head.fc.", id="timm in transformers"),
+        pytest.param(lambda: timm.create_model("test_byobnet", num_classes=3), "head.fc.", id="timm"),
+    ],
+)
+def test_a_supervised_source_of_any_kind_gives_a_prior_over_all_but_its_head(tmp_path, make, head):
+    model, callback = make(), every_step(swa_lr=0.01)
+    plain = type(model).__module__.startswith("timm.")
+    data = text_data() if "Bert" in type(model).__name__ else image_data()
+    if plain:
+        data = [{"x": row["pixel_values"], "labels": row["labels"]} for row in data]
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "lr_scheduler_type": "linear"}
+    args = quiet_arguments(tmp_path, TrainingArguments, **settings, remove_unused_columns=not plain)
+    loss = (lambda logits, labels, **_: nn.functional.cross_entropy(logits, labels)) if plain else None
+    Trainer(model, args, train_dataset=data, callbacks=[callback], compute_loss_func=loss).train()
+    prior = callback.prior()
+    names = [n for n, _ in model.named_parameters()]
+    assert list(prior.mean) == [n for n in names if not n.startswith(head)]
+    assert prior.config.head_parameters == tuple(n for n in names if n.startswith(head)) != ()
+    assert any(v.max() > 1e-9 for v in prior.variance.values())
+
+
+# ------------------------------------------------------------------------------------------------------- learning rate
+
+
+class Rates(TrainerCallback):
+    """The learning rates that the optimizer had when it took each step, from a hook in the optimizer itself."""
+
+    def __init__(self) -> None:
+        self.used: list[list[float]] = []
+
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        own = optimizer.optimizer  # inside accelerate's wrapper
+        own.register_step_pre_hook(lambda *_: self.used.append([float(g["lr"]) for g in own.param_groups]))
+
+
+CYCLIC = {"schedule": "cyclic", "swa_lr": 0.05, "swa_lr_min": 0.01}
+
+
+def rates_of(folder, callback, *, make_scheduler=None, factors=(1.0,), **settings) -> tuple[list[list[float]], Trainer]:
+    """(rates of each step and group, trainer) of 12 steps from 0.02 with SGD; the parameters are dealt out to the groups."""
+    model, rates = tiny_resnet(), Rates()  # tiny_vit: transformers 5.24 does not find the weights of its own checkpoint
+    dealt = [list(model.parameters())[i :: len(factors)] for i in range(len(factors))]
+    groups = [{"params": p, "lr": 0.02 * f} for p, f in zip(dealt, factors, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=0.02)
+    scheduler = None if make_scheduler is None else make_scheduler(optimizer)
+    if settings.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+        settings |= {"lr_scheduler_kwargs": {"patience": 0, "mode": "max", "threshold": 1e3}}
+    args = quiet_arguments(folder, TrainingArguments, **({"max_steps": 12, "learning_rate": 0.02} | settings))
+    data, callbacks = image_data(), [c for c in (callback, rates) if c is not None]
+    trainer = Trainer(
+        model, args, train_dataset=data, eval_dataset=data[:2], callbacks=callbacks, optimizers=(optimizer, scheduler)
+    )
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    return rates.used, trainer
+
+
+SCHEDULERS = [
+    pytest.param({"lr_scheduler_type": "linear"}, None, id="linear"),
+    pytest.param({"lr_scheduler_type": "cosine", "warmup_steps": 3}, None, id="cosine with warmup"),
+    pytest.param({"lr_scheduler_type": "reduce_lr_on_plateau"}, None, id="plateau"),
+    pytest.param({}, lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7), id="a chained one"),
+]
+
+
+@pytest.mark.parametrize(("settings", "make_scheduler"), SCHEDULERS)
+def test_after_start_our_rate_is_the_one_that_is_used_and_logged(tmp_path, settings, make_scheduler):
+    """Whatever the scheduler says, before start it is the scheduler's; groups keep their ratio, the first is logged."""
+    callback = every_step(start=4, swa_lr=0.03)
+    used, trainer = rates_of(tmp_path, callback, make_scheduler=make_scheduler, factors=(0.1, 1.0), **settings)
+    plain, _ = rates_of(tmp_path, None, make_scheduler=make_scheduler, factors=(0.1, 1.0), **settings)
+    assert used[:4] == plain[:4]
+    assert used[4:] == [[pytest.approx(0.003), 0.03]] * 8
+    assert plain[-1][1] < 0.02  # the scheduler's own had fallen
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged == [first for first, _ in used]
+    assert callback.prior().config.estimator["learning_rate"] == [0.03, 0.03]
+
+
+def test_a_cycle_falls_linearly_and_snapshots_are_taken_at_its_low_end(tmp_path):
+    """Izmailov et al. 2018, section 3.1, by hand: 4 steps from 0.05 to 0.01, so 0.04, 0.03, 0.02, 0.01."""
+    callback = every_step(start=3, every_n_steps=4, rank=2, **CYCLIC)
+    used, trainer = rates_of(tmp_path, callback, lr_scheduler_type="linear")
+    fall = [0.04, 0.03, 0.02, 0.01]
+    assert [rate for (rate,) in used[3:]] == pytest.approx([*fall, *fall, 0.04])
+    assert [entry["learning_rate"] for entry in trainer.state.log_history[:-1]] == [rate for (rate,) in used]
+    recorded = callback.prior().config.estimator
+    expected = {"schedule": "cyclic", "swa_lr": 0.05, "swa_lr_min": 0.01, "learning_rate": [0.01, 0.01], "snapshots": 2}
+    assert expected.items() <= recorded.items()
+
+
+def test_the_rate_is_ours_from_the_first_step_where_start_is_0(tmp_path):
+    used, _ = rates_of(tmp_path, every_step(start=0, swa_lr=0.4), lr_scheduler_type="linear", gradient_accumulation_steps=2)
+    assert used == [[0.4]] * 12
+
+
+def test_a_cycle_of_one_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        rates_of(tmp_path, every_step(every_n_steps=1, **CYCLIC))
+
+
+@pytest.mark.parametrize(("settings", "make_scheduler"), SCHEDULERS)
+def test_a_resumed_run_has_the_same_rates_and_weights(tmp_path, settings, make_scheduler):
+    """Two groups, under schedulers that record an initial rate and one that does not."""
+    callback = {"start": 2, "every_n_steps": 5, "rank": 1, **CYCLIC}
+    arguments = {"make_scheduler": make_scheduler, "factors": (0.3, 1.0), "save_strategy": "steps", "save_steps": 6, **settings}
+    used, whole = rates_of(tmp_path, every_step(**callback), **arguments)
+    again, resumed = rates_of(
+        tmp_path, every_step(**callback), **arguments, resume_from_checkpoint=str(tmp_path / "checkpoint-6")
+    )
+    assert again == used[6:]
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_without_swa_lr_trainers_schedule_is_left_alone(tmp_path):
+    with pytest.warns(PriorWarning, match=r"SwagCallback\(swa_lr=...\), which takes over after start"):
+        used, _ = rates_of(tmp_path, every_step(), lr_scheduler_type="linear")
+    assert used == rates_of(tmp_path, None, lr_scheduler_type="linear")[0]
+
+
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
@@ -326,6 +469,10 @@ def test_a_learning_rate_that_decays_to_nothing_warns_also_across_a_resume(tmp_p
         pytest.param({"every_n_steps": 4}, 9, id="between two snapshots"),
         pytest.param({"batch_norm": "last", "rank": 0}, 7, id="epoch boundary, last statistics, diagonal"),
         pytest.param({"device": "cpu"}, 12, id="after the last step"),
+        pytest.param({"swa_lr": 0.03}, 8, id="constant rate of our own"),
+        pytest.param(
+            {"swa_lr": 0.04, "swa_lr_min": 0.01, "schedule": "cyclic", "every_n_steps": 3}, 7, id="in the middle of a cycle"
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*fewer than rank")  # few steps, so that the test is quick

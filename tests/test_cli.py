@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path / "prior"
 
 
-COMMANDS = ["demo", "info", "pull", "push", "check"]
+COMMANDS = ["demo", "learn", "info", "pull", "push", "check"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -142,10 +142,17 @@ def test_pull_as_json_says_what_came_from_where_and_what_went_wrong(folder, tmp_
 
 @pytest.mark.hub
 def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, capsys, monkeypatch):
-    """The names stand for repositories of the reader's; the demo is replaced by one that notes its arguments."""
+    """The names stand for repositories of the reader's; what takes long is replaced by what notes its arguments."""
     import prior_hub.demo
+    import prior_hub.learning.recipes
 
-    demos = []
+    demos, learned = [], []
+
+    def learn(base_model, dataset, *, output, **options):
+        learned.append((dataset, options.get("estimator"), options.get("objective")))
+        prior.save_pretrained(output)
+
+    monkeypatch.setattr(prior_hub.learning.recipes, "learn_prior", learn)
     monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
     prior = PriorModel.from_pretrained(folder)
     names = {name: fresh_repo_id(name.split("/")[1]) for name in ("org/resnet50-simclr-prior", "org/name", "me/my-prior")}
@@ -172,6 +179,8 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
                 )
                 words[2] = targets[-1].repo_id
             assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+    expected = [("uoft-cs/cifar10", None, None), ("./photos", "fisher", None), ("fancyzhx/ag_news", None, "masked-lm")]
+    assert learned == [*expected, (None, "isotropic", None)]
     assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
     assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
     refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]

@@ -30,6 +30,7 @@ TRANSFORMERS = {
     "prior_hub.finetuning.scale",
     "prior_hub.learning.callback",
     "prior_hub.learning.references",  # architectures by name, for `prior-hub import --reference`
+    "prior_hub.learning.recipes",
     "prior_hub.demo",
 }
 MATPLOTLIB = {"prior_hub.plots"}

@@ -1,6 +1,7 @@
 """SWAG's estimate against two-pass float64 formulas, and its BatchNorm statistics against torch's."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,6 +384,26 @@ def test_a_path_of_this_machine_is_not_recorded_as_the_base_model(tmp_path):
     model.config._name_or_path = "org/bert"
     prior = isotropic_prior(torch.compile(model, backend="eager"))
     assert (prior.config.base_model, prior.config.model_type) == ("org/bert", "bert")
+
+
+def test_a_model_from_the_hub_brings_its_name_and_commit_into_its_isotropic_prior():
+    """As `from_pretrained` leaves them in the model's configuration."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    model.config._name_or_path, model.config._commit_hash = "org/bert", "0123abc"
+    config = isotropic_prior(model, source={"dataset": "org/books"}, license="mit").config
+    assert (config.base_model, config.base_model_revision, config.license) == ("org/bert", "0123abc", "mit")
+    assert config.source == {"dataset": "org/books"}
+    assert config.head_parameters == ()
+
+
+@pytest.mark.parametrize("name", ["org/bert", Path("folder")])
+def test_the_isotropic_prior_of_a_bare_name_says_how_to_load_it(name):
+    with pytest.raises(
+        ValueError, match=r"isotropic_prior\(AutoModel.from_pretrained\('(org/bert|folder)'\)\), or use learn_prior"
+    ):
+        isotropic_prior(name)
 
 
 class WithNormedHead(nn.Module):

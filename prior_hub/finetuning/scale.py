@@ -226,7 +226,16 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
 
     Put back: weights and buffers, random states, arguments, callbacks, state, optimizer, scheduler, loss scaler.
     """
-    names = ("args", "train_dataset", "model", "model_wrapped", "optimizer", "lr_scheduler", "state", "control")
+    names: tuple[str, ...] = (
+        "args",
+        "train_dataset",
+        "model",
+        "model_wrapped",
+        "optimizer",
+        "lr_scheduler",
+        "state",
+        "control",
+    )
     names += ("_train_batch_size", "_created_lr_scheduler")
     kept = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
     handler = trainer.callback_handler

@@ -34,8 +34,15 @@ class SwagCallback(TrainerCallback):
         Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
         callback.prior(base_model="org/name", dataset="cifar10").push_to_hub("me/name-prior")
 
-    SWAG needs weights that keep moving: use a constant learning rate from `start` on, a schedule that decays to zero
-    gives snapshots of one point. The state goes into every checkpoint as safetensors, and a run resumed from one gives
+    SWAG needs weights that keep moving: a schedule that decays to zero, as Trainer's default does, gives snapshots of one point
+    (a warning says so). Either give Trainer a constant one, or pass `swa_lr`: from `start` on the callback then sets the
+    learning rate of every optimizer step itself, whatever the scheduler says, and logs show what was set:
+
+        constant    swa_lr
+        cyclic      a(t) = (1 - t) swa_lr + t swa_lr_min,  t = 1/c, 2/c, ..., 1 within each cycle of c = every_n_steps steps,
+                    with a snapshot at the low end   (Izmailov et al. 2018, arXiv 1803.05407, section 3.1)
+
+    The state goes into every checkpoint as safetensors, and a run resumed from one gives
     the same prior, bit for bit, as the uninterrupted run.
 
     Args:
@@ -44,6 +51,10 @@ class SwagCallback(TrainerCallback):
             below 1).
         every_n_steps: optimizer steps between snapshots; None spreads max(2 rank, 30) snapshots over what is left after
             `start`.
+        swa_lr: learning rate after `start`, of the parameter group with the largest one; the others keep their ratio to it
+            (that of their initial rates). None leaves Trainer's schedule as it is.
+        schedule: "constant" or "cyclic".
+        swa_lr_min: the low end of a cycle.
         variance_floor: as `SwagEstimator`.
         head: as `SwagEstimator`.
         device: where snapshots are kept; the parameters' own device when None. "cpu" saves accelerator memory.
@@ -63,6 +74,9 @@ class SwagCallback(TrainerCallback):
         *,
         start: int | float = 0.5,
         every_n_steps: int | None = None,
+        swa_lr: float | None = None,
+        schedule: str = "constant",
+        swa_lr_min: float | None = None,
         variance_floor: float = 1e-12,
         head: str | Sequence[str] | None = "auto",
         device: torch.device | str | None = None,
@@ -76,11 +90,15 @@ class SwagCallback(TrainerCallback):
             raise ValueError(f"start is {start}, expected 0 or more steps.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}, expected 1 or more.")
+        _check_schedule(swa_lr, schedule, swa_lr_min)
         if batch_norm not in ("recompute", "last"):
             raise ValueError(f"batch_norm is {batch_norm!r}, expected 'recompute' or 'last'.")
         self.estimator = SwagEstimator(rank, variance_floor=variance_floor, head=head, device=device)
         self.start = start
         self.every_n_steps = every_n_steps
+        self.swa_lr = swa_lr
+        self.schedule = schedule
+        self.swa_lr_min = swa_lr_min
         self.batch_norm = batch_norm
         self.batch_norm_batches = batch_norm_batches
         self.resume_from = None if resume_from is None else Path(resume_from)
@@ -109,10 +127,18 @@ class SwagCallback(TrainerCallback):
                 PriorWarning,
                 stacklevel=2,
             )
+        if self.swa_lr is not None:
+            if self.schedule == "cyclic" and self._interval < 2:
+                raise ValueError(
+                    f"schedule='cyclic' with every_n_steps={self._interval}: a cycle is as long as the time between snapshots, "
+                    "at least 2 steps. Take snapshots less often, or use schedule='constant'."
+                )
+            for group in kwargs["optimizer"].param_groups if kwargs.get("optimizer") is not None else ():
+                group.setdefault("initial_lr", group["lr"])  # plateau schedulers do not; it goes into the optimizer's state
         self.estimator.reset()
         if state.global_step > 0:
             self._resume(args, state, model)
-        del control, kwargs
+        del control
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -130,6 +156,41 @@ class SwagCallback(TrainerCallback):
                 "checkpoint was written without SwagCallback or lies elsewhere. Pass SwagCallback(resume_from=folder)."
             )
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the learning rate of the step that is about to be taken, after `start`.
+
+        Here, after every scheduler has had its say: what a scheduler sets afterwards is for the next step, which passes here
+        too. The rate is a function of the step alone, so that a resumed run needs no state for it.
+        """
+        rate = self._rate(state.global_step + 1)
+        optimizer, scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
+        if rate is None or optimizer is None:
+            return
+        initial = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        largest = max(initial)
+        for group, own in zip(optimizer.param_groups, initial, strict=True):
+            value = rate * (own / largest) if largest > 0 else rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+        inner: Any = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
+        if hasattr(inner, "_last_lr"):
+            inner._last_lr = [group["lr"] for group in optimizer.param_groups]  # what Trainer logs
+        del args, control
+
+    def _rate(self, step: int) -> float | None:
+        """The learning rate of optimizer step 1, 2, ...; None where Trainer's own schedule holds."""
+        since = step - self._first
+        if self.swa_lr is None or since <= 0:
+            return None
+        if self.swa_lr_min is None:
+            return self.swa_lr
+        along = ((since - 1) % self._interval + 1) / self._interval
+        return (1 - along) * self.swa_lr + along * self.swa_lr_min
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
@@ -138,8 +199,10 @@ class SwagCallback(TrainerCallback):
         extra = state.global_step > state.max_steps  # Trainer takes one more step where it resumes a run that was finished
         if since > 0 and since % self._interval == 0 and not extra:
             self.estimator.update(model)
-            scheduler = kwargs.get("lr_scheduler")
-            if scheduler is not None and hasattr(scheduler, "get_last_lr"):
+            scheduler, rate = kwargs.get("lr_scheduler"), self._rate(state.global_step)
+            if rate is not None:
+                self._learning_rates.append(rate)
+            elif scheduler is not None and hasattr(scheduler, "get_last_lr"):
                 self._learning_rates.append(float(max(scheduler.get_last_lr())))
         del args, control
 
@@ -180,7 +243,8 @@ class SwagCallback(TrainerCallback):
             warnings.warn(
                 f"the learning rate fell from {self._learning_rates[0]:.3g} to {self._learning_rates[-1]:.3g} while snapshots "
                 "were taken: the last ones are nearly one point, and the variances too small. Use "
-                "lr_scheduler_type='constant' or 'constant_with_warmup' for the source task.",
+                "lr_scheduler_type='constant' or 'constant_with_warmup' for the source task, or SwagCallback(swa_lr=...), "
+                "which takes over after start.",
                 PriorWarning,
                 stacklevel=2,
             )
@@ -201,12 +265,32 @@ class SwagCallback(TrainerCallback):
             PriorNumericsError: fewer than two snapshots were taken.
         """
         schedule: dict[str, Any] = {"start_step": self._first, "every_n_steps": self._interval}
+        if self.swa_lr is not None:
+            schedule |= {"schedule": self.schedule, "swa_lr": self.swa_lr}
+            schedule |= {} if self.swa_lr_min is None else {"swa_lr_min": self.swa_lr_min}
         if self._learning_rates:
             schedule["learning_rate"] = [self._learning_rates[0], self._learning_rates[-1]]
         return self.estimator.prior(
             buffers=self._buffers if buffers is None else buffers,
             estimator={**schedule, **(estimator or {})},
             **arguments,
+        )
+
+
+def _check_schedule(swa_lr: float | None, schedule: str, swa_lr_min: float | None) -> None:
+    if schedule not in ("constant", "cyclic"):
+        raise ValueError(f"schedule is {schedule!r}, expected 'constant' or 'cyclic'.")
+    if swa_lr is None:
+        if schedule != "constant" or swa_lr_min is not None:
+            raise ValueError("schedule and swa_lr_min say how swa_lr is used: pass swa_lr, the learning rate after start.")
+        return
+    if not (math.isfinite(swa_lr) and swa_lr > 0):
+        raise ValueError(f"swa_lr is {swa_lr}, expected a number > 0.")
+    if schedule == "constant" and swa_lr_min is not None:
+        raise ValueError(f"swa_lr_min={swa_lr_min} is the low end of a cycle: pass schedule='cyclic' too.")
+    if schedule == "cyclic" and (swa_lr_min is None or not 0 < swa_lr_min <= swa_lr):
+        raise ValueError(
+            f"schedule='cyclic' needs swa_lr_min, the low end: 0 < swa_lr_min <= swa_lr={swa_lr}; it is {swa_lr_min}."
         )
 
 

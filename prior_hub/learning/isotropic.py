@@ -8,6 +8,7 @@ Source: Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer L
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from prior_hub.distributed import is_sharded
-from prior_hub.learning.swag import declared_facts, renaming, source_facts
+from prior_hub.learning.swag import provenance, renaming, source_facts
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.matching import canonical_parameters, without_head
@@ -25,6 +26,7 @@ __all__ = ["isotropic_prior"]
 
 def isotropic_prior(
     source: nn.Module | PriorModel,
+    /,
     *,
     variance: float = 1.0,
     head: str | Sequence[str] | None = "auto",
@@ -32,18 +34,26 @@ def isotropic_prior(
 ) -> PriorModel:
     """An isotropic Gaussian at the weights of a model, or at the mean of a prior.
 
+        prior = isotropic_prior(AutoModel.from_pretrained("org/name"))  # base model and commit are recorded
+
     Args:
         source: a model (its head is left out), or a prior whose mean, names and buffers are taken.
         variance: the one variance; `prior_scale` multiplies it.
         head: as in `SwagEstimator`; not used for a prior.
-        **metadata: fields of `PriorConfig`, such as base_model or license.
+        **metadata: fields of `PriorConfig`, such as base_model, license, or source={"dataset": ...}.
 
     Raises:
-        ValueError: `variance` is not positive.
+        ValueError: `variance` is not positive, or `source` is a name.
         PriorMatchError: the head cannot be told.
     """
     if not variance > 0:
         raise ValueError(f"variance is {variance}, expected a number > 0.")
+    if isinstance(source, (str, os.PathLike)):  # names in a checkpoint need not be those in its model (ViT: they are not)
+        raise ValueError(
+            f"source is the name {os.fspath(source)!r}, expected a model or a prior: its class decides what the weights are "
+            f"called and what its head is. Load it, isotropic_prior(AutoModel.from_pretrained({os.fspath(source)!r})), or use "
+            "learn_prior(name, estimator='isotropic')."
+        )
     facts: dict[str, Any]
     if isinstance(source, PriorModel):
         known = source.config
@@ -58,20 +68,17 @@ def isotropic_prior(
             "license": known.license,
         }
     else:
-        facts = source_facts(source, head)
-        outside = set(facts["head_parameters"])
+        known_facts = source_facts(source, head)
+        outside = set(known_facts["head_parameters"])
         parameters = {n: p for n, p in canonical_parameters(source).items() if n not in outside}
         if any(is_sharded(p) for p in parameters.values()):
             raise NotImplementedError("make the isotropic prior before the model is sharded.")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-        declared = declared_facts(source)
-        own_name = renaming(parameters, declared["prefix"])
+        own_name = renaming(parameters, known_facts["prefix"])
         mean = {own_name(n): p.detach().to("cpu", dtype, copy=True).contiguous() for n, p in parameters.items()}
         found = batch_norm_buffers(source)
         buffers = {own_name(n): found[n].detach().cpu().clone() for n in without_head(found, outside, parameters)}
-        facts["head_parameters"] = tuple(facts["head_parameters"])
-        facts["tied_parameters"] = {own_name(a): own_name(n) for a, n in facts["tied_parameters"].items() if n in parameters}
-        facts["source"] = declared["source"]
+        facts = provenance(known_facts, parameters, own_name=own_name)
     facts["estimator"] = {"name": "isotropic", "variance": float(variance)}
     return PriorModel.from_tensors(
         mean,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +214,17 @@ class SwagEstimator:
             "variance_entries_at_floor": floored,
             "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
         }
-        given = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
-        given["adapter"] = facts.get("adapter")
-        recorded = (
-            facts.get("source", {}) | {key: value for key, value in given.items() if value is not None} | dict(source or {})
+        about = provenance(
+            facts,
+            mean,
+            base_model=base_model,
+            base_model_revision=base_model_revision,
+            objective=objective,
+            dataset=dataset,
+            dataset_license=dataset_license,
+            source=source,
+            own_name=own_name,
         )
-        tied = {alias: name for alias, name in facts["tied_parameters"].items() if name in mean}
         return PriorModel.from_tensors(
             {own_name(name): tensor for name, tensor in mean.items()},
             {own_name(name): tensor for name, tensor in variance.items()},
@@ -229,14 +234,9 @@ class SwagEstimator:
             eps=eps,
             variance_floor=self.variance_floor,
             num_snapshots=self.num_snapshots,
-            head_parameters=tuple(facts["head_parameters"]),
-            tied_parameters={own_name(alias): own_name(name) for alias, name in tied.items()},
-            base_model=base_model or facts["base_model"],
-            base_model_revision=base_model_revision or (facts["base_model_revision"] if base_model is None else None),
-            model_type=facts["model_type"],
-            source={key: value for key, value in recorded.items() if value is not None},
             estimator={**own, **(estimator or {})},
             license=license,
+            **about,
         )
 
     # ------------------------------------------------------------------------------------------------------- the state
@@ -329,7 +329,7 @@ class SwagEstimator:
 
     def _covered(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parameters = canonical_parameters(model)
-        facts = self._facts or source_facts(model, self.head) | declared_facts(model) | {"adapter": adapter_facts(model)}
+        facts = self._facts or source_facts(model, self.head)
         outside = set(facts["head_parameters"])
         covered = {n: p for n, p in parameters.items() if n not in outside and (p.requires_grad or n in self._mean)}
         if not covered:
@@ -393,7 +393,11 @@ def _digests(model: nn.Module, *, trainable: bool = False) -> dict[str, str]:
 
 
 def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str, Any]:
-    """What a prior records about its source model: head, tied weights, base model and its commit, type (JSON values)."""
+    """What a prior records about its source model (JSON values): head, tied weights, base model and its commit, type, adapter.
+
+    Of a model of one's own also what it declares: "prefix" is what names lose, from its `prior_backbone`, and "source" its
+    `prior_source`, what to record about the source task.
+    """
     inner = unwrapped(model)
     backbone = declared_backbone(model)
     inner = inner if backbone is None else inner.get_submodule(backbone)
@@ -407,24 +411,45 @@ def source_facts(model: nn.Module, head: str | Sequence[str] | None) -> dict[str
         "base_model": base if on_the_hub else None,  # a path of this machine means nothing to others
         "base_model_revision": getattr(config, "_commit_hash", None) if on_the_hub else None,
         "model_type": getattr(config, "model_type", None) or type(inner).__name__,
+        "adapter": adapter_facts(model),
+        "prefix": "" if backbone is None else f"{backbone}.",
+        "source": dict(getattr(unwrapped(model), "prior_source", None) or {}),
     }
-
-
-def declared_facts(model: nn.Module) -> dict[str, Any]:
-    """What a model of one's own says about its prior (JSON values).
-
-    "prefix": what a prior's names lose, from its `prior_backbone`; "source": its `prior_source`, what to record about the
-    source task.
-    """
-    backbone = declared_backbone(model)
-    source = getattr(unwrapped(model), "prior_source", None)
-    return {"prefix": "" if backbone is None else f"{backbone}.", "source": dict(source or {})}
 
 
 def renaming(names: Iterable[str], prefix: str) -> Callable[[str], str]:
     """The function that takes `prefix` off a name, if all `names` have it; else the one that leaves names as they are."""
     common = prefix if all(name.startswith(prefix) for name in names) else ""
     return lambda name: name.removeprefix(common)
+
+
+def provenance(
+    facts: Mapping[str, Any],
+    covered: Container[str],
+    *,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
+    objective: str | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_license: str | None = None,
+    source: Mapping[str, Any] | None = None,
+    own_name: Callable[[str], str] = str,
+) -> dict[str, Any]:
+    """The fields of `PriorConfig` about where a prior comes from: `source_facts`, and what the caller knows better.
+
+    `own_name` makes the prior's names of the model's (see `renaming`).
+    """
+    given = {"objective": objective, "dataset": _listed(dataset), "dataset_license": dataset_license}
+    known = {"adapter": facts.get("adapter"), **facts.get("source", {})}
+    recorded = known | {key: value for key, value in given.items() if value is not None} | dict(source or {})
+    return {
+        "head_parameters": tuple(facts["head_parameters"]),
+        "tied_parameters": {own_name(a): own_name(n) for a, n in facts["tied_parameters"].items() if n in covered},
+        "base_model": base_model or facts["base_model"],
+        "base_model_revision": base_model_revision or (facts["base_model_revision"] if base_model is None else None),
+        "model_type": facts["model_type"],
+        "source": {key: value for key, value in recorded.items() if value is not None},
+    }
 
 
 def _listed(dataset: str | Sequence[str] | None) -> str | list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from prior_hub.distributed import local_tensor, sum_over_ranks
 from prior_hub.errors import PriorHubError
-from prior_hub.priors.matching import canonical_parameters, persistent_buffers
+from prior_hub.priors.matching import canonical_parameters, persistent_buffers, unwrapped
 
 _MOST_UNSIZED = 1000
 
@@ -145,7 +146,10 @@ def over_ranks(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
     if isinstance(batch, Mapping):
-        model(**{key: _moved(value, device) for key, value in batch.items()})
+        accepted = inspect.signature(unwrapped(model).forward).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        wanted = [key for key in batch if takes_all or key in accepted or key != "labels"]  # a loss of Trainer's own takes them
+        model(**{key: _moved(batch[key], device) for key in wanted})
     elif isinstance(batch, (tuple, list)):
         model(_moved(batch[0], device))
     else:
