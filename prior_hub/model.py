@@ -220,8 +220,8 @@ class PriorModel:
                 `n_models` and `base.<parameter>_{mean,sq_mean,cov_mat_sqrt}`; or the name of a Hub repository that holds them.
             convention: "swag", the Gaussian of every other prior here; or what a published code makes of the same files:
                 "paper", "paper-unscaled", "tufts", "tufts-elbo". The latter are exact at the scale they are imported at.
-            reference: a model of the source architecture, for names and order; None takes them from the model file.
-                "meta" tensors do.
+            reference: a model of the source architecture, for names and order (on the meta device will do); None takes
+                them from the model file.
             head: the source task's head, as in `SwagEstimator`. The vectors may hold it or not.
             rank: k, rows used. "swag": all, newest first; the others: the first 5 of the file, oldest first.
             scale: s. "swag": 1; the others: 1e10.

@@ -14,6 +14,7 @@ from priors_for_tests import assert_same
 from prior_hub import PriorModel
 from prior_hub.cli import main
 from prior_hub.learning.references import reference_model
+from prior_hub.priors.legacy import CONVENTIONS
 
 
 def test_its_help_teaches_every_convention(capsys):
@@ -24,6 +25,7 @@ def test_its_help_teaches_every_convention(capsys):
     assert "never unpickled" in text
     for formula in ("s v + e and s^2 Q^T Q", "s v + e and Q^T Q", "s v/2 + e and s Q^T Q/(2(k-1))", "s (v/2 + e)"):
         assert formula in text
+    assert f"{{{','.join(CONVENTIONS)}}}" in text.replace(", ", ",")
 
 
 def test_the_table_says_what_was_decided(tmp_path, capsys):

@@ -166,12 +166,14 @@ def test_rescaling_keeps_a_and_b(tmp_path):
 def test_raw_and_divided_rows_are_told_apart(tmp_path_factory, rank, more, divided, drift, seed):
     folder = tmp_path_factory.mktemp("files")
     paper_files(folder, n=rank + more, rank=rank, divided=divided, seed=seed, drift=drift)
-    estimator = PriorModel.from_legacy(folder).config.estimator
-    assert estimator["covmat"] == ("divided by sqrt(K-1)" if divided else "raw")
-    assert estimator["covmat_told_by"] == "Welford's relation"
-    if not more:
-        assert estimator["welford_ratio"] == pytest.approx(rank - 1 if divided else 1, rel=0.02)
-        assert estimator["recentred"] is True
+    refused = (PriorFormatError,) if drift and more else ()  # a random walk may be refused, never misread
+    with contextlib.suppress(*refused):
+        estimator = PriorModel.from_legacy(folder).config.estimator
+        assert estimator["covmat"] == ("divided by sqrt(K-1)" if divided else "raw")
+        assert estimator["covmat_told_by"] == "Welford's relation"
+        if not more:
+            assert estimator["welford_ratio"] == pytest.approx(rank - 1 if divided else 1, rel=0.02)
+            assert estimator["recentred"] is True
 
 
 @pytest.mark.parametrize("rank", [3, 4])
@@ -480,6 +482,12 @@ def test_another_number_of_values_is_an_error_with_both_numbers(tmp_path):
         PriorModel.from_legacy(tmp_path, reference=other)
 
 
+def test_a_reference_that_lacks_the_head_is_told_that_the_model_file_has_it(tmp_path):
+    paper_files(tmp_path, net=network(0, classes=4))
+    with pytest.raises(PriorMatchError, match=r"hold 892 values, Network has 856: .* just as many, with fc.weight, fc.bias"):
+        PriorModel.from_legacy(tmp_path, reference=Network())
+
+
 def test_a_head_of_an_unusual_name_can_be_named(tmp_path):
     paper_files(tmp_path, model=None)
     reference = Network()
@@ -542,6 +550,11 @@ def test_files_are_found_by_folder_prefix_one_of_them_or_one_by_one(tmp_path):
         legacy_files(stem) == legacy_files(str(stem)) == legacy_files(tmp_path / "resnet50_ssl_prior_variance.pt") == expected
     )
     assert legacy_files({kind: str(path) for kind, path in expected.items()}) == expected
+    apart = {}
+    for kind, path in expected.items():
+        (tmp_path / kind).mkdir()
+        apart[kind] = path.rename(tmp_path / kind / "prior.pt")
+    assert sorted(PriorModel.from_legacy(apart).config.estimator["files"]) == ["covmat", "mean", "model", "variance"]
 
 
 def test_files_that_are_missing_or_too_many_are_named(tmp_path):
@@ -613,6 +626,9 @@ def test_what_was_decided_is_recorded_and_in_the_card(tmp_path):
     assert (prior.config.base_model, prior.config.license) == ("org/net", "mit")
     prior.save_pretrained(tmp_path / "prior")
     card = (tmp_path / "prior" / "README.md").read_text()
+    assert "(snapshot minus the running mean of its time, divided by sqrt(number of rows in the file - 1))" in card
+    assert "(snapshot minus final mean)" in PriorModel.from_legacy(tmp_path).card()
+    assert "(snapshot minus the running mean of its time)" in PriorModel.from_legacy(tmp_path, recentre=False).card()
     assert "| estimator: convention | tufts |" in card
     assert recorded["files"]["prior_mean.pt"] in card
 

@@ -266,12 +266,15 @@ def _how_to_use(name: str, subfolder: str | None) -> str:
 
 
 def _covariance(config: PriorConfig) -> str:
-    if config.estimator.get("recentred") is not False or "imported_from" not in config.estimator:
-        return _COVARIANCE.format(rows=_OWN_ROWS)
-    divided = " / sqrt(K - 1)" if str(config.estimator.get("covmat", "")).startswith("divided") else ""
-    if config.estimator.get("convention") == "swag":
-        divided = ""
-    return _COVARIANCE.format(rows=f"{_RUNNING_ROWS}{divided}")
+    """The formula, and what D is: files of others may hold rows of another kind (priors/legacy.py)."""
+    made = config.estimator
+    rows = "snapshot minus final mean"
+    if "imported_from" in made and made.get("recentred") is False:
+        rows = "snapshot minus the running mean of its time"
+    if "imported_from" in made and made.get("convention") != "swag":
+        divided = str(made.get("covmat", "")).startswith("divided")
+        rows += ", divided by sqrt(number of rows in the file - 1)" if divided else ", as in the file"
+    return _COVARIANCE.format(rows=rows)
 
 
 def _table(config: PriorConfig) -> str:
@@ -353,8 +356,6 @@ _NOT_YET = (
     "files: sizes and names are those of the network, the covariance that of the convention named below."
 )
 
-_OWN_ROWS = "snapshot minus final mean"
-_RUNNING_ROWS = "snapshot minus the running mean of its time"
 _COVARIANCE = """\
 The prior is N(mean, Sigma) with
 

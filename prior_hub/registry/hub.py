@@ -169,7 +169,7 @@ def download_legacy(
             allow_patterns=["*.pt", "*.pth", "*.tar"],
             ignore_patterns=["*/*"],
         )
-    if not any(Path(folder).glob("*.[pt]*")):  # the folder may not even be made
+    if not any(path.suffix in (".pt", ".pth", ".tar") for path in Path(folder).glob("*")):  # the folder may not even be made
         raise PriorNotFoundError(
             f"{repo_id} has no *.pt, *.pth or *.tar file: nothing to import. Is it a prior already? Pull it."
         )
