@@ -1,1 +1,1 @@
-"""How a prior is learned: SWAG while training, an isotropic one from a checkpoint."""
+"""How a prior is learned: SWAG while training, the Fisher of a trained model, an isotropic one; recipes for whole runs."""
