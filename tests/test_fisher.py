@@ -203,12 +203,12 @@ def test_masked_language_models_sum_over_the_masked_tokens():
         {**r, "labels": torch.where(torch.arange(6) % 3 == i % 3, r["input_ids"], -100)} for i, r in enumerate(text_data(4))
     ]
     found = DiagonalFisherEstimator(labels="data").fit(model, rows, batch_size=2).fisher()
-    name = "bert.encoder.layer.0.output.dense.weight"
-    expected = torch.zeros(())
-    for row in rows:
-        loss = 2 * model(**{k: v.unsqueeze(0) for k, v in row.items()}).loss  # two tokens, and the loss is their mean
-        expected = expected + torch.autograd.grad(loss, model.get_parameter(name))[0] ** 2 / 4
-    torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-15)
+    for name in ("bert.encoder.layer.0.output.dense.weight", "bert.embeddings.word_embeddings.weight"):  # the second is tied
+        expected = torch.zeros(())
+        for row in rows:
+            loss = 2 * model(**{k: v.unsqueeze(0) for k, v in row.items()}).loss  # two tokens, and the loss is their mean
+            expected = expected + torch.autograd.grad(loss, model.get_parameter(name))[0] ** 2 / 4
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-15)
     drawn = DiagonalFisherEstimator(labels="model").fit(model, rows, batch_size=2)
     prior = drawn.prior()
     assert "bert.embeddings.word_embeddings.weight" in prior.mean  # tied to the decoder, and not the head's
@@ -294,6 +294,8 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_example(method):
     estimator = DiagonalFisherEstimator(labels="data", method=method, head=(), chunk_size=3)
     with pytest.raises(PriorNumericsError, match=r"the gradient of 'linear.weight' at .*examples? (6|7)"):
         estimator.fit(model, data, batch_size=4)
+    with pytest.raises(PriorHubError, match="call fit"):  # half a Fisher is none
+        estimator.prior()
     estimator = DiagonalFisherEstimator(labels="data", method=method, head=(), chunk_size=1)
     with pytest.raises(PriorNumericsError, match=r"at example 7 "):
         estimator.fit(model, data, batch_size=4)
@@ -367,6 +369,8 @@ def test_what_a_wrong_model_or_data_set_is_told():
         estimator.fit(model, [], batch_size=4)
     with pytest.raises(ValueError, match="labels='data' needs 'labels' in every batch"):
         estimator.fit(model, [{"pixel_values": torch.zeros(2, 3, 8, 8)}])
+    with pytest.raises(ValueError, match="A list of single examples needs batch_size"):
+        estimator.fit(model, image_data(4))
     with pytest.raises(ValueError, match=r"a model with a head that predicts"):
         DiagonalFisherEstimator(head=()).fit(model.vit, image_data(4), batch_size=2)
     with pytest.raises(ValueError, match="GaussianLikelihood"):
@@ -391,6 +395,20 @@ def test_what_a_wrong_model_or_data_set_is_told():
     )
     with pytest.raises(ValueError, match="sums over classes"):
         next(per_token)
+
+
+def test_half_precision_is_warned_of():
+    with pytest.warns(PriorWarning, match=r"'conv|'resnet.* is torch.bfloat16: its gradients are rounded"):
+        prior = (
+            DiagonalFisherEstimator(labels="data")
+            .fit(
+                tiny_resnet().bfloat16(),
+                [{**r, "pixel_values": r["pixel_values"].bfloat16()} for r in image_data(4)],
+                batch_size=2,
+            )
+            .prior()
+        )
+    assert prior.config.dtype["mean"] == "float32"
 
 
 def test_wrappers_and_tied_weights_keep_their_canonical_names():

@@ -106,6 +106,8 @@ def test_every_estimator_gives_a_prior_that_says_where_it_is_from(places, tmp_pa
         "objective": "image classification",
         "dataset": "local folder images",
         "split": "train",
+        "image_column": "image",
+        "label_column": "fine",
         "num_examples": 24,
         "num_labels": 3,
         "seed": 3,
@@ -127,6 +129,7 @@ def test_a_fisher_of_a_checkpoint_whose_head_fits_is_not_trained_first(places):
     assert all(torch.equal(prior.mean[n], p) for n, p in model.named_parameters() if n in prior.mean)
     recorded = prior.config.estimator
     assert (recorded["num_examples"], recorded["examples_used"], recorded["labels"]) == (24, 10, "expectation")
+    assert prior.config.source["num_examples"] == 24
     assert "steps" not in prior.config.source
 
 

@@ -414,7 +414,7 @@ class PriorTrainerMixin(_TrainerBase):
             )
             if self.is_world_process_zero():
                 write_choice(self.args.output_dir, self.prior_scale_choice)
-                if logging.get_verbosity() <= logging.WARNING:
+                if self._speaks():
                     logger.warning_advice(f"prior_scale='auto': {self.prior_scale_choice.report()}")
         self._bind()  # which parameters are under the head prior is asked before training begins
 
@@ -498,7 +498,7 @@ class PriorTrainerMixin(_TrainerBase):
             self._begin_sampling(penalty, optimizer)
             return
         if self._searching and asked == "auto":  # priors of all scales follow
-            asked = "implicit" if can_step_implicitly(optimizer) else "gradient"
+            asked = "implicit" if can_step_implicitly(optimizer) and not penalty.adapters else "gradient"
         self.prior_update, reason = chosen_update(asked, penalty, optimizer)
         if asked == "auto" and self._speaks():
             logger.warning_advice(f"prior_update='auto' takes the {self.prior_update} form: {reason}.")

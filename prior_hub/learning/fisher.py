@@ -293,6 +293,14 @@ class DiagonalFisherEstimator:
                 f"{mixed[0]!r} is a BatchNorm without running statistics: it mixes the examples of a batch, so that no example "
                 "has a gradient of its own."
             )
+        half = next((n for n, p in covered.items() if p.dtype.itemsize < 4), None)
+        if half is not None:
+            warnings.warn(
+                f"{half!r} is {covered[half].dtype}: its gradients are rounded, and small ones may vanish, so that the "
+                "variance there is too large. Load the model in float32 (dtype=torch.float32) to estimate the Fisher.",
+                PriorWarning,
+                stacklevel=2,
+            )
         batches, total, self._size = self._batches(data, batch_size, collator, max_examples)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in covered.values()) else torch.float32
         self._mean = {n: p.detach().to("cpu", dtype, copy=True).contiguous() for n, p in covered.items()}
@@ -317,6 +325,9 @@ class DiagonalFisherEstimator:
                     self._accumulate(inner, covered, inputs, labels, rows)
                     self.num_examples += rows
                     bar.update(rows)
+        except BaseException:
+            self.num_examples = 0  # half a Fisher is none
+            raise
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -450,7 +461,10 @@ class DiagonalFisherEstimator:
         """Add the squared gradients of one batch."""
         if self.labels == "data":
             if labels is None:
-                raise ValueError("labels='data' needs 'labels' in every batch: dictionaries with that key, or (input, labels).")
+                raise ValueError(
+                    "labels='data' needs 'labels' in every batch, a tensor with one row for each example: dictionaries with "
+                    "that key, or (input, labels). A list of single examples needs batch_size."
+                )
             points = [(labels, torch.ones(rows, device=labels.device))]
         else:
             with torch.no_grad():
@@ -613,9 +627,8 @@ def _split(batch: Any, device: torch.device, most: int | None) -> tuple[_Inputs,
             "tensor. For a data set of single examples pass batch_size (and collator)."
         )
     rows = len(tensors[0])
-    labels = _moved(labels, device) if isinstance(labels, Tensor) else labels
-    if labels is not None and (not isinstance(labels, Tensor) or labels.ndim == 0 or len(labels) != rows):
-        raise ValueError(f"the labels of a batch are not a tensor with one row for each of its {rows} examples.")
+    usable = isinstance(labels, Tensor) and labels.ndim > 0 and len(labels) == rows
+    labels = _moved(labels, device) if usable else None
     inputs = _Inputs(args, kwargs, rows)
     if most is not None and most < rows:
         index = torch.arange(most)

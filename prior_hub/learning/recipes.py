@@ -173,7 +173,7 @@ def learn_prior(
         steps = 0 if estimator == "fisher" and not fresh_head else _STEPS
     if estimator == "fisher" and fresh_head and not steps:
         raise ValueError(
-            f"the head of {name} does not fit the {task.model_arguments.get('num_labels')} classes of {dataset} and is new: a "
+            f"the head of {name} does not fit the {task.num_labels} classes of {dataset} and is new: a "
             "Fisher needs a trained one. Pass steps (for example 1000), or leave it out."
         )
     images = task.kind == "image classification"
@@ -181,7 +181,8 @@ def learn_prior(
     learning_rate = learning_rate if learning_rate is not None else (0.01 if optimizer == "sgd" else 2e-5)
     training = {"steps": steps, "batch_size": batch_size, "optimizer": optimizer, "learning_rate": learning_rate}
     training |= {"weight_decay": weight_decay, **({"augmentation": "flip and shift" if augment else "none"} if images else {})}
-    source = {**about.pop("more"), "num_examples": len(data), **({"num_labels": n} if (n := task.num_labels) else {})}
+    source = {**about.pop("more"), **task.columns, "num_examples": len(data) if steps else whole}
+    source |= {} if task.num_labels is None else {"num_labels": task.num_labels}
     source |= {"seed": seed, **(training if steps else {})}
     facts: dict[str, Any] = {"objective": task.kind, "license": license, **about}
 
@@ -223,29 +224,38 @@ class _Task:
         kind: str,
         model_class: Any,
         collator: Callable[..., Callable[[list[dict[str, Any]]], dict[str, Tensor]]],
-        num_labels: int | None = None,
+        columns: dict[str, str],
+        names: list[str] | None = None,
     ) -> None:
         self.kind = kind
         self.model_class = model_class
         self.collator = collator
-        self.num_labels = num_labels
-        self.model_arguments: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+        self.columns = columns
+        self.num_labels = None if names is None else len(names)
+        self.model_arguments: dict[str, Any] = {}
+        if names is not None:
+            self.model_arguments["id2label"] = dict(enumerate(names))
+            self.model_arguments["label2id"] = {name: i for i, name in enumerate(names)}
 
 
 def _task(objective: str, where: Mapping[str, Any], data: Any, image: str | None, text: str | None, label: str | None) -> _Task:
     """What the columns of the data and the objective make it."""
     if objective == "masked-lm":
-        masked = functools.partial(_MaskedTexts, where, _text_column(data, text))
-        return _Task("masked language modelling", AutoModelForMaskedLM, masked)
+        words = _text_column(data, text)
+        masked = functools.partial(_MaskedTexts, where, words)
+        return _Task("masked language modelling", AutoModelForMaskedLM, masked, {"text_column": words})
     found = _image_column(data, image) if text is None else None
     words = _text_column(data, text) if found is None else ""
     label = _label_column(data, label)
     classes = _classes(data, label)
+    names = [str(name) for name in getattr(data.features[label], "names", None) or classes]
     if found is not None:
         images = functools.partial(_Images, where, found, label, classes)
-        return _Task("image classification", AutoModelForImageClassification, images, len(classes))
+        columns = {"image_column": found, "label_column": label}
+        return _Task("image classification", AutoModelForImageClassification, images, columns, names)
     texts = functools.partial(_Texts, where, words, label, classes)
-    return _Task("text classification", AutoModelForSequenceClassification, texts, len(classes))
+    columns = {"text_column": words, "label_column": label}
+    return _Task("text classification", AutoModelForSequenceClassification, texts, columns, names)
 
 
 class _Images:
