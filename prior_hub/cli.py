@@ -351,6 +351,7 @@ def _parser() -> argparse.ArgumentParser:
         "  prior-hub learn --base-model timm/resnet18.a1_in1k --dataset ./photos --estimator fisher --output photos-prior\n"
         "  prior-hub learn --base-model google-bert/bert-base-uncased --dataset fancyzhx/ag_news --objective masked-lm "
         "--output news-prior\n"
+        "  prior-hub learn --base-model microsoft/resnet-50 --dataset ./photos --objective simclr --output photos-prior\n"
         "  prior-hub learn --base-model microsoft/resnet-50 --estimator isotropic --variance 0.01 --output l2-sp-prior",
     )
     _learn_arguments(learn)
@@ -471,7 +472,8 @@ def _import_arguments(commands: Any) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="storage of the deviations (default: as in the file)")
     add("--trust-order", action="store_true", help="do not compare the mean with the model file")
     add("--base-model", metavar="NAME", help="Hub name of the model the prior is over, for the card")
-    add("--objective", metavar="TEXT", help="the source task, for the card")
+    objectives = ("supervised", "masked-lm", "simclr", "barlow-twins")
+    add("--objective", choices=objectives, help="what the source task optimises (default: supervised)")
     add("--dataset", metavar="NAME", help="its data set, for the card")
     add("--license", metavar="ID", help="the prior's licence, for the card")
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository to import from")
@@ -524,7 +526,11 @@ def _learn_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("swag", "diagonal-swag", "fisher", "isotropic"),
         help="how the covariance is found (default: swag)",
     )
-    add("--objective", choices=("supervised", "masked-lm"), help="what the source task optimises (default: supervised)")
+    add(
+        "--objective",
+        choices=("supervised", "masked-lm", "simclr", "barlow-twins"),
+        help="what the source task optimises (default: supervised)",
+    )
     add("--split", metavar="SPLIT", help="split of the data set, also train[:1000] (default: train)")
     add("--subset", metavar="NAME", help="configuration of a data set that has several")
     add("--image-column", metavar="COLUMN", help="column of images (default: the only one)")

@@ -6,10 +6,12 @@ A further maker is one line in MAKERS: a function that makes a prior over the bo
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 
 import pytest
 import torch
+from legacy_originals import paper_files
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, tiny_resnet
 from priors_for_tests import assert_same
 from torch import nn
@@ -46,11 +48,22 @@ def isotropic() -> PriorModel:
     return isotropic_prior(model, variance=0.02, scale=SCALE, source={"dataset": "org/images"}, **ABOUT)
 
 
+def imported() -> PriorModel:
+    """From the four files of Pre-Train Your Loss, as an independent small implementation writes them."""
+    model = tiny_resnet(classes=SOURCE_CLASSES)
+    model.classifier = nn.Identity()  # their vectors are the backbone's
+    with tempfile.TemporaryDirectory() as folder:
+        paper_files(folder, n=8, rank=4, net=model)
+        about = {"source": {"dataset": "org/images"}, **ABOUT}
+        return PriorModel.from_legacy(folder, reference=model, head=None, scale=SCALE, **about)
+
+
 MAKERS: dict[str, tuple[Callable[[], PriorModel], str]] = {
     "swag": (lambda: walked(4), "swag"),
     "diagonal swag": (lambda: walked(0), "swag"),
     "fisher": (fisher, "diagonal-fisher"),
     "isotropic": (isotropic, "isotropic"),
+    "imported": (imported, "swag"),
 }
 
 

@@ -121,6 +121,30 @@ def test_every_estimator_gives_a_prior_that_says_where_it_is_from(places, tmp_pa
     assert "`local folder" not in (tmp_path / "prior" / "README.md").read_text().split("---")[1]  # no Hub data set is claimed
 
 
+@pytest.mark.parametrize(("objective", "called"), [("simclr", "SimCLR"), ("barlow-twins", "Barlow Twins")])
+@pytest.mark.parametrize("model", ["resnet", "timm"])
+def test_images_without_labels_give_a_prior_over_the_backbone_by_its_own_names(places, objective, called, model):
+    prior = learn_prior(places / model, places / "images", objective=objective, **(QUICK | {"batch_size": 5}))
+    source = prior.config.source
+    assert source["objective"] == called
+    assert source["views"]["size"] == [PIXELS, PIXELS]
+    assert "label_column" not in source
+    assert not any("projection" in name or name.startswith("backbone.") for name in prior.config.parameters)
+    target = AutoModelForImageClassification.from_pretrained(places / model) if model == "resnet" else None
+    if target is not None:
+        covered = set(prior.match(target).pairs.values())
+        assert covered == {n for n, _ in target.named_parameters() if not n.startswith("classifier")}
+
+
+def test_what_cannot_be_learned_from_views_is_refused(places):
+    with pytest.raises(ValueError, match="no likelihood"):
+        learn_prior(places / "resnet", places / "images", objective="simclr", estimator="fisher")
+    with pytest.raises(ValueError, match="learns from images"):
+        learn_prior(places / "bert", places / "texts", objective="simclr", **QUICK)
+    with pytest.raises(ValueError, match="do not fill one batch of 25"):
+        learn_prior(places / "resnet", places / "images", objective="simclr", **(QUICK | {"batch_size": 25}))
+
+
 def test_a_fisher_of_a_checkpoint_whose_head_fits_is_not_trained_first(places):
     prior = learn_prior(
         places / "resnet", places / "images", estimator="fisher", labels="expectation", max_examples=10, use_cpu=True

@@ -4,6 +4,7 @@
     data set        Hub name, or a local folder of parquet, json, csv files or images in one folder per class
     objective       supervised    the images or texts and their labels
                     masked-lm     the texts alone; the prior is over the encoder
+                    simclr, barlow-twins    the images alone, two views of each; the prior is over the backbone
     estimator       swag, diagonal-swag    train on, with a constant learning rate, and take snapshots (swag.py)
                     fisher                 1/(N F + tau) at the trained weights (fisher.py)
                     isotropic              the checkpoint and one variance, no data (isotropic.py)
@@ -43,9 +44,13 @@ from transformers import (
 )
 
 from prior_hub.errors import PriorHubError
+from prior_hub.learning.barlow_twins import BarlowTwins
 from prior_hub.learning.callback import SwagCallback
 from prior_hub.learning.fisher import DiagonalFisherEstimator
 from prior_hub.learning.isotropic import isotropic_prior
+from prior_hub.learning.self_supervised import SelfSupervised
+from prior_hub.learning.simclr import SimCLR
+from prior_hub.learning.views import TwoViews
 from prior_hub.model import PriorModel
 from prior_hub.priors.config import CONFIG_NAME
 from prior_hub.priors.matching import head_parameter_names
@@ -53,7 +58,8 @@ from prior_hub.priors.matching import head_parameter_names
 __all__ = ["ESTIMATORS", "OBJECTIVES", "learn_prior"]
 
 ESTIMATORS = ("swag", "diagonal-swag", "fisher", "isotropic")
-OBJECTIVES = ("supervised", "masked-lm")  # prior_hub.learning.simclr.SimCLR joins here, and in _task: images, no labels
+OBJECTIVES = ("supervised", "masked-lm", "simclr", "barlow-twins")
+_OF_VIEWS: dict[str, type[SimCLR] | type[BarlowTwins]] = {"simclr": SimCLR, "barlow-twins": BarlowTwins}
 _LABEL_NAMES = ("label", "labels")
 _TEXT_NAMES = ("text", "sentence", "content", "document", "review")
 _STEPS = 1000
@@ -116,7 +122,7 @@ def learn_prior(
         learning_rate: constant throughout; 0.01 for images (SGD) and 2e-5 for texts (AdamW) when None.
         optimizer: "sgd" (momentum 0.9) or "adamw".
         weight_decay: of that optimizer.
-        augment: flip and shift images at random while training.
+        augment: flip and shift images at random while training; the two views of "simclr" and "barlow-twins" are always made.
         max_length: tokens that longer texts are cut to.
         rank: K, for "swag".
         start: first step to take snapshots after, or a share of training, as `SwagCallback`.
@@ -161,6 +167,8 @@ def learn_prior(
     if dataset is None:
         raise ValueError(f"estimator={estimator!r} needs a data set; only 'isotropic' does without.")
 
+    if objective in _OF_VIEWS and estimator == "fisher":
+        raise ValueError(f"objective={objective!r} is no likelihood of the images, and so has no Fisher: use estimator='swag'.")
     data, about = _dataset(dataset, subset, split)
     whole = len(data)
     if max_examples is not None and max_examples < whole:
@@ -168,6 +176,10 @@ def learn_prior(
     task = _task(objective, where, data, image_column, text_column, label_column)
     model, new = _loaded(task.model_class, where, head, **task.model_arguments)
     outside = head_parameter_names(model, head)
+    if objective in _OF_VIEWS:
+        if len(data) < max(2, batch_size):
+            raise ValueError(f"{len(data)} images do not fill one batch of {batch_size}: pass a smaller batch_size.")
+        model, outside = _OF_VIEWS[objective](model), []
     fresh_head = bool(set(new) & set(outside))
     if steps is None:
         steps = 0 if estimator == "fisher" and not fresh_head else _STEPS
@@ -176,11 +188,12 @@ def learn_prior(
             f"the head of {name} does not fit the {task.num_labels} classes of {dataset} and is new: a "
             "Fisher needs a trained one. Pass steps (for example 1000), or leave it out."
         )
-    images = task.kind == "image classification"
+    images = task.kind == "image classification" or objective in _OF_VIEWS
     optimizer = optimizer or ("sgd" if images else "adamw")
     learning_rate = learning_rate if learning_rate is not None else (0.01 if optimizer == "sgd" else 2e-5)
     training = {"steps": steps, "batch_size": batch_size, "optimizer": optimizer, "learning_rate": learning_rate}
-    training |= {"weight_decay": weight_decay, **({"augmentation": "flip and shift" if augment else "none"} if images else {})}
+    augmentation = "two views" if objective in _OF_VIEWS else "flip and shift" if augment else "none"
+    training |= {"weight_decay": weight_decay, **({"augmentation": augmentation} if images else {})}
     source = {**about.pop("more"), **task.columns, "num_examples": len(data) if steps else whole}
     source |= {} if task.num_labels is None else {"num_labels": task.num_labels}
     source |= {"seed": seed, **(training if steps else {})}
@@ -199,6 +212,7 @@ def learn_prior(
     shown = sys.stderr.isatty() if progress is None else progress
     if steps:
         arguments = _arguments(training, seed=seed, use_cpu=use_cpu)
+        arguments["dataloader_drop_last"] = objective in _OF_VIEWS  # images are compared within a batch
         loss = _train(model, arguments, data, task.collator(model, augment=augment, seed=seed, length=max_length), swag, shown)
         source |= {} if loss is None else {"training_loss": loss}
     if swag is not None:
@@ -245,6 +259,11 @@ def _task(objective: str, where: Mapping[str, Any], data: Any, image: str | None
         masked = functools.partial(_MaskedTexts, where, words)
         return _Task("masked language modelling", AutoModelForMaskedLM, masked, {"text_column": words})
     found = _image_column(data, image) if text is None else None
+    if objective in _OF_VIEWS:
+        if found is None:
+            raise ValueError(f"objective={objective!r} learns from images, and there is no column of them: {_columns(data)}.")
+        views = functools.partial(_Views, where, found)
+        return _Task(_OF_VIEWS[objective].objective, AutoModel, views, {"image_column": found})
     words = _text_column(data, text) if found is None else ""
     label = _label_column(data, label)
     classes = _classes(data, label)
@@ -284,6 +303,30 @@ class _Images:
         pixels = self.processor([row[self.image].convert(self.mode) for row in rows], return_tensors="pt")["pixel_values"]
         labels = torch.tensor([self.classes[row[self.label]] for row in rows])
         return {"pixel_values": _flipped_and_shifted(pixels, self.generator) if self.augment else pixels, "labels": labels}
+
+
+class _Views:
+    """Rows -> pixel_values (B, 2, C, H, W), two views of each image, of the size and normalisation the model wants."""
+
+    def __init__(
+        self, where: Mapping[str, Any], image: str, model: SelfSupervised, *, augment: bool, seed: int, length: int
+    ) -> None:
+        del augment, seed, length
+        with _extra():
+            from PIL import Image
+
+            processor = AutoImageProcessor.from_pretrained(**where)
+            if getattr(getattr(model.backbone, "config", None), "num_channels", 3) != 3:
+                raise ValueError("two views are made of colour images, and this model takes another number of channels.")
+            size = processor([Image.new("RGB", (256, 256))], return_tensors="pt")["pixel_values"].shape[-2:]
+            mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+            normal = {} if mean is None or std is None else {"mean": mean, "std": std}
+            self.views = TwoViews((int(size[0]), int(size[1])), column=image, **normal)
+        model.prior_source["views"] = self.views.description
+        self.image = image
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([self.views(row[self.image]) for row in rows])}
 
 
 class _Texts:
