@@ -363,13 +363,14 @@ def test_pooling_is_what_each_output_says():
         pooled_features(torch.ones(3))
 
 
-def test_two_views_by_keyword_are_the_stacked_ones():
+def test_projections_are_each_views_own_and_two_views_by_keyword_are_the_stacked_ones():
     model = float64_model("simclr")
     views = float64_views()
     one = model(pixel_values=views)["loss"]
     assert model(pixel_values=views[:, 0], other_view=views[:, 1])["loss"].item() == one.item()
     z = model(views, return_loss=False)["projections"]
-    assert z.shape == (2, 10, 5)
+    each = [model.projection_head(model.backbone(views[:, view])) for view in (0, 1)]
+    torch.testing.assert_close(z, torch.stack(each))  # view first, then image
     assert nt_xent(z, 0.3)[0].item() == one.item()
 
 
