@@ -3,7 +3,7 @@
 - the three priors of "Pre-Train Your Loss": names and shapes from torchvision's architectures, the covariance from the
   paper's convention, how to obtain and convert the files from recipes/NAME.md. Not converted here: no hashes, no figures.
 - cifar10-resnet20-prior: from its own prior_config.json (--prior, the folder that benchmarks/transfer/run.py made) or the one
-  that is beside its card already, with the figures of benchmarks/transfer/results/cifar.csv.
+  that is beside its card already, with the figures of benchmarks/transfer/results/cifar_one_rate.csv.
 
 A person's text around the rendered part stays. tests/test_model_cards.py fails if a card is not what this writes.
 """
@@ -13,21 +13,25 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-import sys
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean, stdev
+
+from prior_hub import PriorConfig
+from prior_hub.learning.references import reference_model
+from prior_hub.priors.legacy import convention_weights
+from prior_hub.priors.matching import canonical_parameters, persistent_buffers
+from prior_hub.registry.card import render_card, update_card
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "benchmarks" / "transfer"))
-
-from report import table  # noqa: E402 - benchmarks/transfer/report.py
-
-from prior_hub import PriorConfig  # noqa: E402
-from prior_hub.learning.references import reference_model  # noqa: E402
-from prior_hub.priors.legacy import convention_weights  # noqa: E402
-from prior_hub.priors.matching import canonical_parameters, persistent_buffers  # noqa: E402
-from prior_hub.registry.card import render_card, update_card  # noqa: E402
-
-RESULTS = HERE.parent / "benchmarks" / "transfer" / "results" / "cifar.csv"
+RESULTS = HERE.parent / "benchmarks" / "transfer" / "results" / "cifar_one_rate.csv"  # the grid that ran with this prior
+METHODS = {
+    "frozen": "frozen features, fitted head",
+    "plain": "plain fine-tuning, weight decay",
+    "zero-mean": "zero-mean isotropic prior",
+    "at the mean": "isotropic prior at this prior's mean",
+    "low rank": "this prior",
+}
 LEARNED = "cifar10-resnet20-prior"
 REPOSITORY = "https://github.com/hsouri/BayesianTransferLearning"
 SUPERVISED, SIMCLR = "supervised classification", "SimCLR (self-supervised)"
@@ -37,7 +41,10 @@ PAPERS = {
     "resnet101-supervised-prior": ("torchvision:resnet101", SUPERVISED),
 }
 SCALE, EPS, ROWS = 1e10, 0.1, 5  # defaults of the paper's code: --prior_scale, --prior_eps, --number_of_samples_prior
-MARKS = ("<!-- figures of benchmarks/transfer/results/cifar.csv, by model_cards/make.py -->", "<!-- end of figures -->")
+MARKS = (
+    "<!-- figures of benchmarks/transfer/results/cifar_one_rate.csv, by model_cards/make.py -->",
+    "<!-- end of figures -->",
+)
 
 
 def papers_config(name: str) -> PriorConfig:
@@ -85,13 +92,29 @@ def learned_config(prior: Path | None) -> PriorConfig:
 
 
 def figures(results: Path = RESULTS) -> str:
-    """The tables of the transfer grid, for every n that is complete."""
+    """Test accuracy, NLL and ECE of the transfer grid, for every n that is complete: means and spreads over seeds."""
     with results.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    parts = [table(rows, n) for n in sorted({int(row["n"]) for row in rows})]
-    parts = [part for part in parts if "|" in part]
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "final" and row["method"] in METHODS]
+    lines = ["| n | method | strength | accuracy | NLL (nats) | ECE |", "|---|---|---|---|---|---|"]
+    seeds = sorted({int(row["seed"]) for row in rows})
+    for n in sorted({int(row["n"]) for row in rows}):
+        by = {m: [r for r in rows if r["method"] == m and int(r["n"]) == n] for m in METHODS}
+        if any(sorted(int(r["seed"]) for r in mine) != seeds for mine in by.values()):
+            continue
+        best = min(by, key=lambda m: fmean(float(r["nll"]) for r in by[m]))
+        for method, mine in by.items():
+            accuracy, nll, ece = (_spread(float(r[key]) for r in mine) for key in ("accuracy", "nll", "ece"))
+            strength = "-" if method == "frozen" else f"{float(mine[0]['strength']):g}"
+            shown = f"**{nll}**" if method == best else nll
+            lines.append(f"| {n} | {METHODS[method]} | {strength} | {accuracy} | {shown} | {ece} |")
     machines = sorted({f"{row['machine']}, torch {row['torch']}" for row in rows})
-    return "\n\n".join([MARKS[0], *parts, f"Measured on {'; '.join(machines)}.", MARKS[1]])
+    told = f"Seeds {', '.join(map(str, seeds))}; measured on {'; '.join(machines)}."
+    return "\n\n".join([MARKS[0], "\n".join(lines), told, MARKS[1]])
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{fmean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
 
 
 def card(name: str, config: PriorConfig, existing: str | None) -> str:
@@ -107,7 +130,7 @@ def card(name: str, config: PriorConfig, existing: str | None) -> str:
     told = (
         "From CIFAR-10 to CIFAR-100's 20 superclasses with n images: mean ± sample standard deviation over seeds on 3,000\n"
         "test images; bold: the lowest NLL. Each method's setting was chosen on a fifth of the first seed's images\n"
-        "(benchmarks/transfer/README.md has the design, and what is wrong with this prior)."
+        "(benchmarks/transfer/README.md has the design, and what is wrong with this prior), the learning rate is one for all."
     )
     return f"{result.rstrip()}\n\n## Measured\n\n{told}\n\n{figures()}\n"
 
