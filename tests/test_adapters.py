@@ -283,6 +283,26 @@ def test_of_two_adapters_the_active_one_is_bound_and_learned_from(learned):
     assert set(estimator.mean()) == set(learned.mean)
 
 
+def test_a_resumed_source_run_gives_the_same_prior_over_the_adapter_bit_for_bit(tmp_path):
+    def prior(folder, resume=None, **settings):
+        callback = SwagCallback(rank=2, start=1, every_n_steps=1)
+        settings = {"max_steps": 6, "learning_rate": 0.5, "save_strategy": "steps", "save_steps": 4, **settings}
+        arguments = quiet_arguments(folder, TrainingArguments, **settings)
+        model = adapted(tiny_bert(), "topics")
+        trainer = Trainer(model=model, args=arguments, train_dataset=text_data(N), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return callback.prior()
+
+    whole = prior(tmp_path)
+    resumed = prior(tmp_path, resume=str(tmp_path / "checkpoint-4"))
+    assert resumed.config.num_snapshots == whole.config.num_snapshots == 5
+    for kind in ("mean", "variance", "deviations"):
+        mine, theirs = getattr(resumed, kind), getattr(whole, kind)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine), kind
+    assert resumed.config.source == whole.config.source
+
+
 def test_saved_modules_stay_out_of_the_prior_unless_the_head_is_named():
     model = adapted(tiny_bert(), modules_to_save=["classifier", "position_embeddings"])
     names = {}
@@ -619,6 +639,17 @@ def test_curvature_through_adapters_is_the_largest_of_the_dense_one_in_a_and_b(k
         assert PriorPenalty(flat, model, num_examples=1).curvature() == pytest.approx(closed, rel=0.05)
 
 
+def test_a_head_prior_that_is_too_stiff_beside_adapters_is_named():
+    prior, model = isotropic_prior(tiny_bert(), variance=1.0), adapted(tiny_bert())
+    penalty = PriorPenalty(prior, model, num_examples=10, head_variance=1e-6)
+    with pytest.warns(PriorWarning, match="prior_head_variance from 1e-06 to") as caught:
+        assert penalty.warn_if_unstable(0.01)
+    words = str(caught[0].message).split()
+    wider = float(words[words.index("prior_head_variance") + 4])
+    assert "prior_scale" not in words
+    assert not PriorPenalty(prior, model, num_examples=10, head_variance=wider).warn_if_unstable(0.01)
+
+
 def test_a_prior_too_stiff_through_the_adapters_warns_with_settings_that_do_not():
     prior, model = random_prior(tiny_bert(), variance=1e-4, scale=2.0), adapted(tiny_bert())
     penalty = PriorPenalty(prior, model, num_examples=N)
@@ -755,6 +786,8 @@ def test_a_quantised_base_whose_weights_have_other_shapes_is_named_as_the_reason
 def test_a_prior_over_the_adapter_itself_does_not_mind_a_quantised_base(learned):
     penalty = PriorPenalty(learned, eight_bit(target()), num_examples=N)
     assert len(penalty.trained_parameters()) == 4
+    with pytest.raises(PriorMatchError, match=r"^other rank"):  # and what does not fit is not blamed on it
+        PriorPenalty(learned, eight_bit(target(r=4, lora_alpha=12)), num_examples=N)
 
 
 def test_layers_without_a_weight_at_hand_are_quantised_ones(learned):

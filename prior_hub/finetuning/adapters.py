@@ -9,7 +9,8 @@ without an adapter are conditioned on; their share of the value is in it. In (A,
 implicit step, and no sampler here knows its law (s B A is the same for c A and B / c, so that the law has no norm).
 
 Embeddings hold A: (r, n), B: (dim, r) for W: (n, dim); convolutions A: (r, in, h, w), B: (out, r, 1, 1), one matrix product all
-the same. PEFT is not imported; its layers are told by their class, and those whose W is not W0 + s B A are refused.
+the same. Dropout before A is no part of W. PEFT is not imported; its layers are told by their class, and those whose W is not
+W0 + s B A are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from prior_hub.distributed import is_sharded
 from prior_hub.errors import PriorMatchError, PriorWarning
 from prior_hub.model import PriorModel
 from prior_hub.priors.gaussian import LowRankGaussian
-from prior_hub.priors.matching import Match, canonical_parameters, is_tuner_layer, tied_names
+from prior_hub.priors.matching import Match, active_adapters, canonical_parameters, is_tuner_layer, tied_names
 
 __all__ = [
     "AdaptedWeight",
@@ -232,6 +233,8 @@ def initialize_through_adapters(prior: PriorModel, model: nn.Module, **matching:
         model: changed in place.
         **matching: as `PriorModel.match`.
     """
+    if not active_adapters(model):
+        return prior.initialize(model, **matching)
     match = prior.match(model, **matching)
     parameters = canonical_parameters(model)
     covered = {target: parameters[target] for target in match.pairs.values()}
@@ -301,7 +304,10 @@ def largest_curvature(
     parameters = dict(trained)
     for weight in adapted.values():
         parameters |= weight.trained
-    vector = {n: torch.randn(p.shape, generator=generator).to(p.device, torch.float64) for n, p in parameters.items()}
+    vector = {
+        n: torch.randn(p.shape, generator=generator).to(p.device, torch.promote_types(p.dtype, torch.float32))
+        for n, p in parameters.items()
+    }
     estimate, last = 0.0, -1.0
     for step in range(_ITERATIONS):
         norm = float(torch.stack([v.square().sum() for v in vector.values()]).sum().sqrt())
@@ -317,8 +323,8 @@ def largest_curvature(
             moved = adapted[name].moved(vector) if name in adapted else torch.zeros_like(gaussian.mean[name])
             image[name] = (moved + vector[name].to(moved.dtype) if name in trained else moved).reshape(-1)
         _, solved = flat.penalty_and_gradient(image)
-        vector = {name: solved[name].reshape(p.shape).double() for name, p in trained.items()}
+        vector = {name: solved[name].reshape(p.shape) for name, p in trained.items()}
         for name, weight in adapted.items():
             for own, gradient in weight.pulled_back(solved[name].reshape(weight.base.shape)).items():
-                vector[own] = vector.get(own, 0.0) + gradient.double()  # two layers may share an A
+                vector[own] = vector.get(own, 0.0) + gradient  # two layers may share an A
     return estimate

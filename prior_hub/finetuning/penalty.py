@@ -405,6 +405,11 @@ class PriorPenalty:
         if self.gaussian.eps == 0.0 and self._head_precision() / self.num_examples < curvature:
             wider = _two_digits(_MARGIN * self.gaussian.scale * learning_rate * curvature / 2, math.ceil)
             changes.append(f"prior_scale from {self.gaussian.scale:g} to {wider} or more")
+        stable = learning_rate / (2 * self.num_examples)
+        if self._head_precision() * stable > 1:
+            changes.append(
+                f"prior_head_variance from {self.head_variance:g} to {_two_digits(stable * _MARGIN, math.ceil)} or more"
+            )
         changes.append("or learn the prior with a larger variance_floor")
         warnings.warn(
             f"the prior is too stiff for this learning rate, taken through the adapters as they are now: learning rate "
@@ -452,7 +457,7 @@ def _match(prior: PriorModel, model: nn.Module, matching: dict[str, Any]) -> Mat
     try:
         match = prior.match(model, **matching)
     except PriorMatchError as error:
-        if not is_quantised(model):
+        if "adapter" in prior.config.source or not is_quantised(model):  # an adapter's own weights are not quantised
             raise
         raise PriorMatchError(
             f"the model's weights are quantised, so that a prior over them has nothing to compare its mean with: load it "
