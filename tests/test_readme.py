@@ -29,7 +29,7 @@ def test_every_python_block_runs_in_order(hub, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=5)
     model = ResNetForImageClassification(config)
-    images = torch.randn(16, 1, 8, 8)
+    images = torch.randn(40, 1, 8, 8)
     train_dataset = [{"pixel_values": x, "labels": i % 5} for i, x in enumerate(images)]
     isotropic_prior(model, variance=1.0, license="mit").push_to_hub(f"{NAME}/digits-prior")
     names = {
