@@ -101,7 +101,8 @@ class Plan:
     batch: int = 25
     learning_rate: float = 0.03
     head_variance: float = 1.0
-    strengths: tuple[float, ...] = (0.1, 0.3, 1.0)  # typical variance of a weight
+    strengths: tuple[float, ...] = (0.03, 0.1, 0.3)  # typical variance of a weight
+    fixed: float = 0.1  # every prior is measured at this one too
     weight_decays: tuple[float, ...] = (3e-3, 1e-2, 3e-2)  # of plain fine-tuning
     sources: int = 3
     tuned: int = 2  # source runs whose development images choose a strength
@@ -123,6 +124,7 @@ class Prior:
         change: from the stored prior (all snapshots as deviations, no floor to speak of) to the one that is used.
         floor: its variance floor, when it is not the plan's.
         rank: its rank, when it is not the plan's.
+        late: to be run after the others.
     """
 
     factor: str
@@ -132,6 +134,7 @@ class Prior:
     change: Callable[[Any], Any] | None = None
     floor: float | None = None
     rank: int | None = None
+    late: bool = False
 
 
 RUNS = {
@@ -152,13 +155,15 @@ def priors() -> list[Prior]:
         Prior("covariance", "isotropic", change=isotropic),
         Prior("covariance", "diagonal only", rank=0),
         Prior("covariance", "diagonal, variances shuffled within each tensor", rank=0, change=shuffled),
-        Prior("covariance", "low-rank weight x 10", change=lambda p: weighted(p, 1.0, 10.0)),
-        Prior("rank", "2", rank=2),
+        Prior("covariance", "low-rank weight x 10", change=lambda p: weighted(p, 1.0, 10.0), late=True),
+        Prior("rank", "2", rank=2, late=True),
         Prior("rank", "5", rank=5),
-        Prior("rank", "42 (every snapshot)", rank=42),
+        Prior("rank", "42 (every snapshot)", rank=42, late=True),
+        Prior("principal directions", "99 % of the low-rank variance", change=lambda p: p.compressed(0.99), late=True),
+        Prior("principal directions", "90 %", change=lambda p: p.compressed(0.9), late=True),
         Prior("variance floor", "1e-8", floor=1e-8),
         Prior("variance floor", "1e-4", floor=1e-4),
-        Prior("eps", "1e-2", change=lambda p: rebuilt(p, eps=1e-2)),
+        Prior("eps", "1e-2", change=lambda p: rebuilt(p, eps=1e-2), late=True),
         Prior("eps", "1e-1", change=lambda p: rebuilt(p, eps=1e-1)),
         Prior("scale of each layer", "the same mean variance", change=lambda p: levelled(p, relative=False)),
         Prior(
@@ -174,7 +179,7 @@ def priors() -> list[Prior]:
         Prior("augmentation", "none", run="no augmentation"),
         Prior("schedule", "cosine to zero", run="cosine"),
         *(
-            Prior("isotropic at the mean of", run, run=run, change=isotropic)
+            Prior("isotropic at the mean of", run, run=run, change=isotropic, late=True)
             for run in ("rate / 10", "rate x 3", "no augmentation", "cosine", "long")
         ),
         Prior(PLAIN, "weight decay"),
@@ -326,7 +331,7 @@ class Study:
         """What the prior looks like; accuracy and NLL are those of the source task at its mean."""
         accuracy, nll = map(float, (self.stored(which.run, source, which.collection) / "accuracy.txt").read_text().split())
         prior = self.prior(which, source)
-        found = prior.diagnose()
+        found = prior.rescaled(self.plan.fixed / typical_variance(prior)).diagnose()  # eps counts at a scale in use only
         return {
             "accuracy": accuracy,
             "nll": nll,
@@ -467,8 +472,9 @@ def cells(which: Prior, rows: list[dict[str, str]], plan: Plan) -> Iterator[Cell
             yield {"stage": "tune", **name, "source": source, "seed": 1000 + source, "strength": strength}
     best = chosen(rows, which, plan)
     if best is not None:
-        for source, few in itertools.product(range(plan.sources), range(plan.sets)):
-            yield {"stage": "final", **name, "source": source, "seed": source + plan.sources * few, "strength": best}
+        measured = (best,) if which.factor == PLAIN else dict.fromkeys((best, plan.fixed))
+        for strength, source, few in itertools.product(measured, range(plan.sources), range(plan.sets)):
+            yield {"stage": "final", **name, "source": source, "seed": source + plan.sources * few, "strength": strength}
 
 
 def matches(cell: Cell, only: list[str]) -> bool:
@@ -534,43 +540,58 @@ def report(path: Path, plan: Plan) -> str:
     rows = read(path)
     if not rows:
         raise SystemExit(f"{path} has no rows: run the study first.")
-    finals = {key(r)[1:5]: r for r in rows if r["stage"] == "final"}
-    reference = {(r["source"], r["seed"]): r for r in finals.values() if r["factor"] == "default"}
+    plain = next(p for p in priors() if p.factor == "default")
+    base = {s: _measured(rows, plain, s) for s in (chosen(rows, plain, plan), plan.fixed) if s is not None}
+    count = len(base[plan.fixed])
     hours = sum(float(r["seconds"]) for r in rows) / 3600
     dates = sorted({r["date"] for r in rows})
     made = ", ".join(sorted({f"{r['machine']}, torch {r['torch']}" for r in rows}))
     lines = [
         f"From `{path.name}` ({len(rows)} cells, {hours:.1f} hours of one cell at a time, source runs not counted; "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {made}, one thread, shared with other work). n = {plan.n}, "
-        f"{len(reference)} fine-tunings for each prior ({plan.sources} source seeds, {plan.sets} few-shot sets for each).",
+        f"{count} fine-tunings for each prior ({plan.sources} source seeds, {plan.sets} few-shot sets for each).",
         "",
         "Columns: K, effective rank, directions with 99 % of the low-rank variance, share of variances at the floor, median "
-        "variance, share of the total variance in the low-rank part, accuracy on the source task at the mean, chosen typical "
-        "variance, test NLL (nats), and differences from the default prior, paired, mean ± standard error. "
-        "**Bold**: told apart by a paired t-test at 95 %; of so many comparisons one in twenty would be by chance alone.",
+        "variance, share of the total variance in the low-rank part, accuracy on the source task at the mean; the typical "
+        "variance chosen on development images, and with it test NLL (nats), accuracy, and their differences from the default "
+        f"prior with its own choice; last, the difference in NLL when both have a typical variance of {plan.fixed:g}. "
+        "Differences are paired, mean ± standard error. **Bold**: told apart by a paired t-test at 95 %; of so many comparisons one in "
+        "twenty would be by chance alone.",
         "",
-        "| factor | value | K | eff. | 99 % | floor | median var. | low-rank | source acc. | typ. var. | NLL | NLL - default "
-        "| accuracy - default (points) |",
-        "|" + "---|" * 13,
+        "| factor | value | K | eff. | 99 % | floor | median var. | low-rank | source acc. | chosen | NLL | accuracy "
+        f"| NLL - default | accuracy - default (points) | NLL - default, both at {plan.fixed:g} |",
+        "|" + "---|" * 15,
     ]
     previous = ""
     for which in priors():
-        mine = [r for r in finals.values() if (r["factor"], r["value"]) == (which.factor, which.value)]
-        if not mine:
+        best = chosen(rows, which, plan)
+        mine = {} if best is None else _measured(rows, which, best)
+        if best is None or not mine:
             continue
         looks = [r for r in rows if (r["stage"], r["factor"], r["value"]) == ("prior", which.factor, which.value)]
         factor = "" if which.factor == previous else which.factor
         previous = which.factor
-        nll = fmean(float(r["nll"]) for r in mine)
-        gaps = []
-        for name, unit, digits in (("nll", 1.0, 4), ("accuracy", 100.0, 2)):
-            pairs = [(r, reference[r["source"], r["seed"]]) for r in mine if (r["source"], r["seed"]) in reference]
-            gaps.append(difference([unit * (float(a[name]) - float(b[name])) for a, b in pairs], digits))
-        if which.factor == "default":
-            gaps = ["", ""]
-        strength = f"{float(mine[0]['strength']):g}"
-        lines.append("| " + " | ".join([factor, which.value, _looks(looks), strength, f"{nll:.4f}", *gaps]) + " |")
+        own = chosen(rows, plain, plan)
+        gaps = [""] * 3
+        if which.factor != "default" and own is not None:
+            gaps = [_gap(mine, base[own], "nll", 1.0, 4), _gap(mine, base[own], "accuracy", 100.0, 2), ""]
+            if which.factor != PLAIN:
+                gaps[2] = _gap(_measured(rows, which, plan.fixed), base[plan.fixed], "nll", 1.0, 4)
+        nll, accuracy = (fmean(float(r[name]) for r in mine.values()) for name in ("nll", "accuracy"))
+        entries = [factor, which.value, _looks(looks), f"{best:g}", f"{nll:.4f}", f"{100 * accuracy:.1f} %", *gaps]
+        lines.append("| " + " | ".join(entries) + " |")
     return "\n".join(lines)
+
+
+def _measured(rows: list[dict[str, str]], which: Prior, strength: float) -> dict[tuple[str, str], dict[str, str]]:
+    """(source, seed) -> the reported row of a prior at a strength."""
+    mine = [r for r in rows if (r["stage"], r["factor"], r["value"]) == ("final", which.factor, which.value)]
+    return {(r["source"], r["seed"]): r for r in mine if math.isclose(float(r["strength"]), strength)}
+
+
+def _gap(mine: dict[Any, dict[str, str]], theirs: dict[Any, dict[str, str]], name: str, unit: float, digits: int) -> str:
+    """The paired difference of a column."""
+    return difference([unit * (float(mine[k][name]) - float(theirs[k][name])) for k in mine if k in theirs], digits)
 
 
 def _looks(rows: list[dict[str, str]]) -> str:
@@ -597,7 +618,7 @@ def _looks(rows: list[dict[str, str]]) -> str:
 def difference(values: list[float], digits: int) -> str:
     """Mean ± standard error; bold where a t-test at 95 % tells it from zero."""
     if len(values) < 2:
-        return "(one pair)"
+        return "(one pair)" if values else ""
     mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
     text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
     return f"**{text}**" if abs(mean) > STUDENT.get(len(values) - 1, 2.2) * error > 0 else text
@@ -647,8 +668,8 @@ def main(arguments: list[str] | None = None) -> None:
                     print("missing" if key(cell) in left else "done   ", *cell.values())
         return
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for runs in (["default"], [run for run in RUNS if run != "default"]):
-            mine = [p for p in priors() if p.run in runs and missing(p)]
+        for turn in (1, 2, 3):
+            mine = [p for p in priors() if turn == (3 if p.late else 1 if p.run == "default" else 2) and missing(p)]
             sources = sorted({c["source"] for p in mine for c in missing(p)})
             trained = []
             for run, source in itertools.product(dict.fromkeys(p.run for p in mine), sources):
