@@ -251,6 +251,39 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compress(arguments: argparse.Namespace) -> int:
+    from prior_hub.model import PriorModel
+
+    prior = PriorModel.from_pretrained(arguments.prior, revision=arguments.revision, subfolder=arguments.subfolder)
+    if not prior.rank:
+        raise ValueError(f"{arguments.prior} has no deviations: there is nothing to compress.")
+    spectrum = prior.gaussian.spectrum()
+    smaller = prior.compressed(arguments.explained, rank=arguments.rank)
+    total = sum(spectrum)
+    shares = [value / total if total > 0 else 0.0 for value in spectrum]
+    kept = sum(shares[: smaller.rank])
+    if arguments.output is not None:
+        smaller.save_pretrained(arguments.output)
+    sizes = [prior.num_parameters * p.rank * _BYTES[p.config.dtype["deviations"]] for p in (prior, smaller)]
+    if arguments.json:
+        result = {"ok": True, "prior": arguments.prior, "commit": prior.commit_hash, "folder": _text(arguments.output)}
+        result |= {"rank": smaller.rank, "rank_before": prior.rank, "explained": kept, "spectrum": spectrum}
+        print(json.dumps(result | {"deviations_bytes": sizes[1], "deviations_bytes_before": sizes[0]}))
+        return 0
+    print("direction  variance   share    together")
+    together = 0.0
+    for number, (value, share) in enumerate(zip(spectrum, shares, strict=True), 1):
+        together += share
+        verdict = "kept" if number <= smaller.rank else "dropped"
+        print(f"{number:>9}  {value:<9.3g}  {100 * share:5.2f} %  {100 * together:6.2f} %  {verdict}")
+    place = f", written to {arguments.output}" if arguments.output else "; nothing is written without --output"
+    print(
+        f"{smaller.rank} of {prior.rank} directions hold {100 * kept:.2f} % of the low-rank variance "
+        f"(scale {prior.scale:g}): deviations {_size(sizes[0])} -> {_size(sizes[1])}{place}"
+    )
+    return 0
+
+
 def _remarks(config: PriorConfig) -> list[str]:
     """What a reader of this prior will miss; nothing here makes it unusable."""
     notes = []
@@ -417,6 +450,25 @@ def _parser() -> argparse.ArgumentParser:
     _prior_argument(check)
     _json_argument(check)
     _import_arguments(commands)
+
+    compress = _command(
+        commands,
+        "compress",
+        _compress,
+        "turn a prior's deviations into principal directions and drop those that hold next to nothing",
+        "Prints the spectrum: the variance along every principal direction of the low-rank part, and which are kept, the "
+        "fewest that hold the share --explained. Along those the covariance stays as it was. What is dropped the file need not "
+        "hold.",
+        "examples:\n  prior-hub compress ./my_prior\n  prior-hub compress org/name --explained 0.95 --output ./smaller\n"
+        "  prior-hub compress ./my_prior --rank 5 --output ./smaller",
+    )
+    _prior_argument(compress)
+    compress.add_argument(
+        "--explained", type=float, default=0.99, metavar="SHARE", help="of the low-rank variance to keep (default: %(default)s)"
+    )
+    compress.add_argument("--rank", type=_positive, metavar="K", help="keep so many directions, whatever they hold")
+    compress.add_argument("--output", type=Path, metavar="FOLDER", help="write the prior here; without it only the table")
+    _json_argument(compress)
     return parser
 
 

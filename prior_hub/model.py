@@ -29,6 +29,8 @@ from prior_hub.registry.hub import PushResult, download_legacy, download_prior, 
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 
+PRINCIPAL = "principal directions"  # estimator["deviations"] in the configuration of a compressed prior
+
 
 class PriorModel:
     """A pre-trained prior: a Gaussian over named weights, its configuration, and BatchNorm buffers.
@@ -38,8 +40,9 @@ class PriorModel:
         prior.initialize(model)            # start at the prior's mean
         loss = nll + prior.penalty(model) / num_examples
 
-    It is immutable: `rescaled` and `truncated` return new objects that share the tensors. To train with a prior use
-    `PriorTrainer`, or `PriorPenalty` in a loop of your own; both keep what `penalty(model)` works out each time.
+    It is immutable: `rescaled` and `truncated` return new objects that share the tensors, `compressed` one with fewer. To
+    train with a prior use `PriorTrainer`, or `PriorPenalty` in a loop of your own; both keep what `penalty(model)` works out
+    each time.
 
     Attributes:
         gaussian: the maths, `LowRankGaussian`.
@@ -142,7 +145,7 @@ class PriorModel:
             cache_dir: where downloads are kept.
             local_files_only: use the cache only.
             force_download: download again even if cached.
-            rank: read only this many deviations (the most recent snapshots).
+            rank: read only this many deviations (the first ones, as `truncated`).
             scale: use this scale instead of the stored one.
             verify: compare every file with its sha256 and refuse NaN and infinities; reads each byte once.
 
@@ -295,8 +298,9 @@ class PriorModel:
     ) -> PriorModel:
         config = stored.config
         if rank is not None and rank < config.rank:
-            weights = truncated_weights(config.rank, rank, config.diagonal_weight, config.low_rank_weight)
+            weights = _weights_at(config, rank)
             changes = {"diagonal_weight": weights[0], "low_rank_weight": weights[1], "weight_files": {}}
+            changes["estimator"] = _recorded(config.estimator, rank)
             if rank == 0:
                 changes["dtype"] = {**config.dtype, "deviations": config.dtype["mean"]}
             config = config.replace(rank=rank, **changes)
@@ -327,7 +331,7 @@ class PriorModel:
 
     @property
     def deviations(self) -> dict[str, Tensor]:
-        """name -> (K, *shape), most recent snapshot first; empty for a diagonal prior."""
+        """name -> (K, *shape), most recent snapshot first, or of a `compressed` prior the leading direction; {} if diagonal."""
         return self.gaussian.deviations
 
     @property
@@ -369,8 +373,38 @@ class PriorModel:
         return self._with(self.gaussian.rescaled(scale))
 
     def truncated(self, rank: int) -> PriorModel:
-        """The prior the estimator would have given with this `rank`: the most recent deviations, re-weighted."""
-        return self._with(self.gaussian.truncated(rank))
+        """The prior the estimator would have given with this `rank`: the most recent deviations, re-weighted.
+
+        Of a `compressed` prior the leading directions, which keep their weight: each holds its own variance, however many
+        there are. With rank 0 both come to the same diagonal prior.
+        """
+        weights = _weights_at(self.config, rank) if _is_principal(self.config) else None
+        return self._with(self.gaussian.truncated(rank, weights=weights))
+
+    def compressed(self, explained: float = 0.99, *, rank: int | None = None) -> PriorModel:
+        """The prior with its deviations turned into principal directions, without those that hold next to nothing.
+
+        Deviations of weights that wander overlap, so that a few directions hold nearly all of their variance: `diagnose`
+        prints the spectrum, and the file shrinks by what is dropped. Along the kept directions the covariance stays as it
+        was; see `LowRankGaussian.principal`. The configuration's `estimator` records it: "deviations", "spectrum" (the
+        variance along every direction there was, at scale 1, largest first) and "explained" (the share of it that is kept).
+
+        Args:
+            explained: share of the low-rank variance to keep, 0 < explained <= 1.
+            rank: how many directions to keep, 1 or more, in place of `explained`; `truncated(0)` is the diagonal prior.
+
+        Raises:
+            ValueError: `explained` or `rank` is out of range.
+            PriorNumericsError: the deviations hold NaN or infinities.
+        """
+        gaussian = self.gaussian.principal(explained, rank=rank)
+        if not self.rank:
+            return self
+        estimator = dict(self.config.estimator)
+        if not _is_principal(self.config):
+            spectrum = [float(f"{value / self.scale:.4g}") for value in self.gaussian.spectrum()]
+            estimator |= {"deviations": PRINCIPAL, "spectrum": spectrum}
+        return self._with(gaussian, estimator=_recorded(estimator, gaussian.rank))
 
     def astype(self, *, deviations: torch.dtype) -> PriorModel:
         """The same prior with its deviations stored in another type (torch.bfloat16: half the bytes)."""
@@ -384,8 +418,9 @@ class PriorModel:
         """
         return diagnose(self.gaussian, variance_floor=self.config.variance_floor)
 
-    def _with(self, gaussian: LowRankGaussian) -> PriorModel:
+    def _with(self, gaussian: LowRankGaussian, *, estimator: Mapping[str, Any] | None = None) -> PriorModel:
         config = self.config.replace(
+            estimator=_recorded(self.config.estimator, gaussian.rank) if estimator is None else estimator,
             rank=gaussian.rank,
             scale=gaussian.scale,
             diagonal_weight=gaussian.diagonal_weight,
@@ -621,6 +656,33 @@ def _config_in(folder: Path) -> PriorConfig | None:
         return read_config(folder)
     except (PriorNotFoundError, PriorFormatError):
         return None
+
+
+def _is_principal(config: PriorConfig) -> bool:
+    """Whether the deviations are principal directions (`PriorModel.compressed`) and not snapshots."""
+    return config.estimator.get("deviations") == PRINCIPAL
+
+
+def _weights_at(config: PriorConfig, rank: int) -> tuple[float, float]:
+    """(diagonal_weight, low_rank_weight) when the first `rank` deviations of a prior are kept."""
+    before = config.rank
+    if _is_principal(config):
+        if rank:
+            return config.diagonal_weight, config.low_rank_weight
+        spectrum = config.estimator.get("spectrum")
+        before = len(spectrum) if isinstance(spectrum, list) else before  # the weights are those of so many snapshots
+    return truncated_weights(before, rank, config.diagonal_weight, config.low_rank_weight)
+
+
+def _recorded(estimator: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
+    """What the configuration says of the estimate when `rank` deviations are left: the share that principal ones hold."""
+    spectrum = estimator.get("spectrum")
+    if estimator.get("deviations") != PRINCIPAL or not isinstance(spectrum, list):
+        return estimator
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in spectrum):  # somebody's own words
+        return estimator
+    total = sum(spectrum)
+    return {**estimator, "explained": float(f"{sum(spectrum[:rank]) / total:.6g}") if total > 0 else 0.0}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path / "prior"
 
 
-COMMANDS = ["demo", "learn", "info", "pull", "push", "check"]
+COMMANDS = ["demo", "learn", "info", "pull", "push", "check", "compress"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -61,7 +61,7 @@ class PriorPenalty:
         num_examples: N: training examples for a loss that is a mean over examples, label tokens for a mean over tokens.
             Epochs and augmentation do not multiply it.
         scale: instead of the prior's own scale.
-        rank: use only this many deviations.
+        rank: use only this many deviations, as `PriorModel.truncated`.
         head_variance: variance of the zero-mean Gaussian over trainable parameters the prior does not know; None leaves
             them to the optimizer's weight decay.
         name_map: as `match_names`.
@@ -477,7 +477,7 @@ def _localised(
     prior: PriorModel, match: Match, covered: dict[str, Tensor], scale: float | None, rank: int | None
 ) -> LowRankGaussian:
     """The prior's Gaussian over the matched parameters, by the model's names, cut and placed as the parameters are."""
-    gaussian = prior.gaussian if rank is None else prior.gaussian.truncated(rank)
+    gaussian = prior.gaussian if rank is None else prior.truncated(rank).gaussian  # which knows what its rows are
     if scale is not None:
         gaussian = gaussian.rescaled(scale)
     sharded = any(is_sharded(p) for p in covered.values())

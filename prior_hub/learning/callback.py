@@ -259,7 +259,7 @@ class SwagCallback(TrainerCallback):
         estimator: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> PriorModel:
-        """The prior of the snapshots; arguments as `SwagEstimator.prior` (base_model, dataset, license, scale, ...).
+        """The prior of the snapshots; arguments as `SwagEstimator.prior` (base_model, dataset, license, scale, explained...).
 
         Raises:
             PriorNumericsError: fewer than two snapshots were taken.

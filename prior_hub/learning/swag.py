@@ -149,6 +149,7 @@ class SwagEstimator:
         *,
         scale: float = 1.0,
         eps: float = 0.0,
+        explained: float | None = None,
         deviations_dtype: torch.dtype | None = None,
         buffers: Mapping[str, Tensor] | None = None,
         base_model: str | None = None,
@@ -165,6 +166,8 @@ class SwagEstimator:
         Args:
             scale: stored scale.
             eps: stored eps.
+            explained: keep only the principal directions that hold this share of the low-rank variance, 0.99 for example
+                (`PriorModel.compressed`); every snapshot when None.
             deviations_dtype: storage type of the deviations; torch.bfloat16 halves the file.
             buffers: BatchNorm statistics to store, as `recompute_batch_norm` returns them (the head's are left out); those
                 of the last snapshot when None.
@@ -183,6 +186,7 @@ class SwagEstimator:
 
         Raises:
             PriorNumericsError: fewer than two snapshots, or variances of zero with a floor of zero.
+            ValueError: `explained` is not a share.
         """
         if self.num_snapshots < 2:
             raise PriorNumericsError(
@@ -202,7 +206,8 @@ class SwagEstimator:
             variance[name] = raw.clamp_(min=self.variance_floor)
             if rows:
                 centred = self._ring[name][newest_first] - centre
-                deviations[name] = self._gathered(name, centred, leading=1).to(deviations_dtype or self.dtype)
+                wanted = self.dtype if explained is not None else deviations_dtype or self.dtype  # rotate first, round then
+                deviations[name] = self._gathered(name, centred, leading=1).to(wanted)
         facts = self._facts
         stored = self._buffers if buffers is None else buffers
         own_name = renaming(mean, facts.get("prefix", ""))
@@ -225,7 +230,7 @@ class SwagEstimator:
             source=source,
             own_name=own_name,
         )
-        return PriorModel.from_tensors(
+        prior = PriorModel.from_tensors(
             {own_name(name): tensor for name, tensor in mean.items()},
             {own_name(name): tensor for name, tensor in variance.items()},
             {own_name(name): tensor for name, tensor in deviations.items()},
@@ -238,6 +243,10 @@ class SwagEstimator:
             license=license,
             **about,
         )
+        if explained is None:
+            return prior
+        compressed = prior.compressed(explained)
+        return compressed if deviations_dtype is None else compressed.astype(deviations=deviations_dtype)
 
     # ------------------------------------------------------------------------------------------------------- the state
 

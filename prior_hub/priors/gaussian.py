@@ -147,11 +147,17 @@ class LowRankGaussian:
             low_rank_weight=self.low_rank_weight,
         )
 
-    def truncated(self, rank: int) -> LowRankGaussian:
+    def truncated(self, rank: int, *, weights: tuple[float, float] | None = None) -> LowRankGaussian:
         """Keep the first `rank` deviations (the most recent snapshots), re-weighted as the estimator would have.
 
         The weight of an outer product is proportional to 1/(K-1), so it is multiplied by (K-1)/(rank-1). Below two
         deviations there is no low-rank part, and a Gaussian with SWAG's own weights gives all variance to the diagonal.
+        That is right for snapshots and wrong for principal directions, which a Gaussian cannot tell apart:
+        `PriorModel.truncated` can.
+
+        Args:
+            rank: how many to keep.
+            weights: (diagonal_weight, low_rank_weight) of what is kept, in place of those.
 
         Raises:
             ValueError: `rank` is negative or above the rank there is.
@@ -160,9 +166,59 @@ class LowRankGaussian:
             raise ValueError(f"rank {rank} is not between 0 and the prior's own rank {self.rank}.")
         if rank == self.rank:
             return self
-        diagonal, low_rank = truncated_weights(self.rank, rank, self.diagonal_weight, self.low_rank_weight)
+        diagonal, low_rank = weights or truncated_weights(self.rank, rank, self.diagonal_weight, self.low_rank_weight)
         kept = {name: rows[:rank] for name, rows in self.deviations.items()} if rank else {}
         return self._with(deviations=kept, diagonal_weight=diagonal, low_rank_weight=low_rank)
+
+    def principal(self, explained: float = 0.99, *, rank: int | None = None) -> LowRankGaussian:
+        """The same Gaussian with its deviations turned into principal directions, and the least of them dropped.
+
+        With D D^T = E diag(l) E^T (K x K, l_1 >= l_2 >= ..., float64) the rows of D' = E^T D are orthogonal, |d'_j|^2 = l_j,
+        and D'^T D' = D^T D: a rotation of the rows changes nothing. Then the first rows are kept, the fewest that hold
+        `explained` of the low-rank variance sum l_j. Weights, diagonal, scale and eps stay, so that the covariance along a
+        kept direction is exact and what the low-rank part said of all others is gone; of all Gaussians with so few rows this
+        one has the nearest low-rank part (Eckart and Young 1936). It needs the memory of the kept rows.
+
+        A sharded Gaussian is turned by the same E on every rank: all ranks decompose the same sum.
+
+        Args:
+            explained: share of the low-rank variance to keep, 0 < explained <= 1.
+            rank: how many directions to keep, 1 or more, in place of `explained`; for none at all see `truncated`.
+
+        Returns:
+            The Gaussian, row j of its deviations the j-th principal direction times its standard deviation / sqrt(scale b),
+            b the low_rank_weight. Without low-rank variance no row is kept.
+
+        Raises:
+            ValueError: `explained` or `rank` is out of range.
+            PriorNumericsError: the deviations hold NaN or infinities.
+        """
+        if not 0 < explained <= 1:
+            raise ValueError(f"explained is {explained}, expected a share of the low-rank variance, above 0 and at most 1.")
+        if rank is not None and not 1 <= rank <= self.rank:
+            raise ValueError(
+                f"rank {rank} is not between 1 and the prior's own rank {self.rank}; truncated(0) is the diagonal."
+            )
+        if not self.deviations:
+            return self
+        gram = self._products()
+        if not torch.isfinite(gram).all():
+            raise PriorNumericsError("the deviations hold NaN or infinities. `prior-hub check` says where.")
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        if rank is None:
+            held = (values if self._low_rank_scale() else torch.zeros_like(values)).cumsum(0)
+            rank = min(self.rank, int((held < explained * held[-1]).sum()) + 1) if held[-1] > 0 else 0
+        if rank == 0:
+            return self._with(deviations={}, low_rank_weight=0.0)
+        turned = {}
+        for name, rows in self.deviations.items():
+            out = torch.empty((rank, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+            turn = vectors[:, :rank].T.to(_accumulator(rows.device)).to(rows.device)
+            for start, stop in self._blocks(name):
+                out.view(rank, -1)[:, start:stop] = turn @ self._rows(name, start, stop, turn.dtype)
+            turned[name] = out
+        return self._with(deviations=turned)
 
     def diagonal_part(self) -> LowRankGaussian:
         """N(mean, A), without the low-rank part and without what it explains: a smaller Gaussian, not the marginal one."""
@@ -573,6 +629,11 @@ class LowRankGaussian:
         """The K eigenvalues of the low-rank part U U^T, largest first: variance along its principal directions."""
         if not self._low_rank_scale():
             return []
+        values = torch.linalg.eigvalsh(self._products())
+        return [max(0.0, float(value)) * self.scale * self.low_rank_weight for value in values.flip(0)]
+
+    def _products(self) -> Tensor:
+        """D D^T over all ranks, (K, K), float64, on the CPU."""
         device = self._device()
         dtype = _accumulator(device)
         gram = torch.zeros(self.rank, self.rank, dtype=dtype, device=device)
@@ -580,8 +641,7 @@ class LowRankGaussian:
             for start, stop in self._blocks(name):
                 rows = self._rows(name, start, stop, dtype)
                 gram += self._weight(name) * rows @ rows.T
-        values = torch.linalg.eigvalsh((gram if self._sum is None else self._sum(gram)).double().cpu())
-        return [max(0.0, float(value)) * self.scale * self.low_rank_weight for value in values.flip(0)]
+        return (gram if self._sum is None else self._sum(gram)).double().cpu()
 
     def diagonal_precision(self) -> float:
         """The sum of 1 / A over all entries: tr(Sigma^-1) from above; the K low-rank directions lower it a little."""

@@ -9,7 +9,8 @@ Keys in the weight files, split at the first dot:
     mean.<param>        (*shape)       variance.<param>    (*shape)
     deviations.<param>  (K, *shape)    buffer.<name>       (*shape)
 
-Rows of the deviations: the most recent snapshot first, so that the first k rows are the prior of rank k.
+Rows of the deviations: the most recent snapshot first (the leading principal direction first, where estimator.deviations says
+"principal directions"), so that the first k rows are the prior of rank k.
 
 Writing is atomic for whoever reads through this module. The new files are written into a staging folder inside the
 target, the configuration last; one rename of that folder to `.prior-commit` makes the new prior current; only then are
