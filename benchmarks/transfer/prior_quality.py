@@ -555,7 +555,7 @@ def report(path: Path, plan: Plan) -> str:
         "variance, share of the total variance in the low-rank part, accuracy on the source task at the mean; the typical "
         "variance chosen on development images, and with it test NLL (nats), accuracy, and their differences from the default "
         f"prior with its own choice; last, the difference in NLL when both have a typical variance of {plan.fixed:g}. "
-        "Differences are paired, mean ± standard error. **Bold**: told apart by a paired t-test at 95 %; of so many comparisons "
+        "Differences are paired, mean ± SE. **Bold**: told apart by a paired t-test at 95 %; of so many comparisons "
         "one in twenty would be by chance alone.",
         "",
         "| factor | value | K | eff. | 99 % | floor | median var. | low-rank | source acc. | chosen | NLL | accuracy "
