@@ -1,4 +1,4 @@
-"""A prior for text: an encoder learns a source task, few-shot sentiment is learned under the prior it leaves.
+"""A prior for text: an encoder learns a source task, sentiment is learned from few labels under the prior it leaves.
 
     python examples/text.py                                        # ag_news -> sst2 from the Hub, an encoder from scratch
     python examples/text.py --model prajjwal1/bert-tiny            # a pre-trained encoder
@@ -56,7 +56,7 @@ from transformers.utils import logging
 from prior_hub import PriorModel, PriorTrainer, PriorTrainingArguments, SwagCallback, isotropic_prior
 
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
-VARIANCES = (1e-5, 1e-4, 1e-3)  # typical variance of a weight under a prior
+VARIANCES = (1e-2, 1e-1, 1.0)  # typical variance of a weight under a prior
 PLAIN, ISOTROPIC, LEARNED = METHODS = ("plain fine-tuning", "isotropic at the mean", "learned, low rank")
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
@@ -309,15 +309,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=0, help="rank of LoRA adapters over a frozen encoder (default: none)")
     parser.add_argument("--through", action="store_true", help="with --lora: a prior over the encoder, through target adapters")
     parser.add_argument("--output", type=Path, default=Path("example_output"), help="folder for encoder, prior, results.json")
-    parser.add_argument("--n", type=int, default=200, help="labelled target sentences (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="few-shot sets and heads (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="fine-tuning steps (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=2000, help="labelled target sentences (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="few-shot sets and heads (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="source and target (default: %(default)s)")
     parser.add_argument("--mlm-steps", type=int, default=600, help="steps of masked words from scratch (default: %(default)s)")
-    parser.add_argument("--source-steps", type=int, default=400, help="steps of the source task (default: %(default)s)")
+    parser.add_argument("--source-steps", type=int, default=300, help="steps of the source task (default: %(default)s)")
     parser.add_argument("--source-learning-rate", type=float, default=5e-4, help="constant (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=20, help="deviations kept (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=10, help="deviations kept (default: %(default)s)")
     parser.add_argument("--variance-floor", type=float, default=1e-8, help="smallest variance (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=4000, help="word pieces (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=128, help="width of the encoder (default: %(default)s)")
