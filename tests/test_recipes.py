@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 import pytest
 import timm
 import torch
@@ -286,12 +285,8 @@ def test_data_without_labels_or_with_one_class_is_refused(places, tmp_path):
 
 
 def test_an_empty_split_a_missing_model_and_another_kind_of_model_are_refused(places, tmp_path):
-    (tmp_path / "empty").mkdir()
-    parquet.write_table(
-        parquet.read_table(places / "images" / "train.parquet").slice(0, 0), tmp_path / "empty" / "train.parquet"
-    )
-    with pytest.raises(ValueError, match='"train" corresponds to no data'):
-        learn_prior(places / "resnet", tmp_path / "empty", **QUICK)
+    with pytest.raises(ValueError, match=r"train\[:0\].* no data"):
+        learn_prior(places / "resnet", places / "images", split="train[:0]", **QUICK)
     with pytest.raises(OSError, match="not-there"):
         learn_prior(tmp_path / "not-there", estimator="isotropic")
     with pytest.raises((OSError, ValueError)):
