@@ -18,6 +18,7 @@ from prior_hub import (
     PriorNumericsError,
     PriorTrainer,
     PriorTrainingArguments,
+    PriorWarning,
     ScaleChoice,
     scale_ladder,
     select_scale,
@@ -301,6 +302,204 @@ def test_an_optimizer_that_was_given_is_refused(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizer_cls_and_kwargs"):
         PriorTrainer(model=model, args=args, train_dataset=rows, prior=prior, optimizers=(optimizer, None))
+
+
+def test_the_evaluation_set_stays_the_evaluation_set_where_its_loader_is_kept(tmp_path):
+    prior, rows, test = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, dataloader_num_workers=1, dataloader_persistent_workers=True, max_steps=10)
+    trainer.eval_dataset = Rows(test.x[:30], test.y[:30])
+    kept = trainer.get_eval_dataloader()  # Trainer keeps it
+    trainer.train()
+    assert trainer.prior_scale_choice.held_out == 16
+    assert trainer.model.seen[False].isdisjoint(test.x[:30, 0].tolist())  # the scale was not chosen by it
+    assert trainer.get_eval_dataloader() is kept
+
+
+def test_dataloader_drop_last_does_not_drop_held_out_examples(tmp_path):
+    prior, rows, _ = problem(3.0)
+    settings = {"prior_scale": 1.0, "max_steps": 10, "per_device_eval_batch_size": 10}
+    losses = [
+        [t.nll for t in select_scale(trainer_of(tmp_path, prior, rows, dataloader_drop_last=drop, **settings), [1.0]).trials]
+        for drop in (False, True)  # 64 rows to train on are four whole batches
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match="no whole batch"):
+        trainer_of(tmp_path, prior, rows, dataloader_drop_last=True, per_device_train_batch_size=70).train()
+
+
+class Odd(Logistic):
+    """With a buffer that is not saved, a part in evaluation mode, a state that is no tensor and other labels."""
+
+    def __init__(self, inputs):
+        super().__init__(inputs)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+        self.still = nn.Identity().eval()
+
+    def forward(self, x, labels=None):
+        if self.training:
+            self.steps = self.steps + 1  # another tensor
+        return super().forward(x, labels)
+
+    def get_extra_state(self):
+        return {"anything": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_buffers_that_are_not_saved_and_modes_are_put_back_too(tmp_path):
+    prior, rows, _ = problem(3.0)
+    model = Odd(40)
+    trainer = trainer_of(tmp_path, prior, rows, model, prior_scale=1.0, max_steps=10)
+    steps = model.steps
+    select_scale(trainer, [1.0, 10.0])
+    assert model.steps is steps
+    assert steps.item() == 0
+    assert model.training
+    assert not model.still.training
+
+
+def test_bfloat16_leaves_the_model_in_float32_and_accelerate_without_memories(tmp_path):
+    prior, rows, _ = problem(3.0)
+    for mode in ("bf16_full_eval", "bf16"):
+        trainer = trainer_of(tmp_path, prior, rows, prior_scale=1.0, max_steps=10, **{mode: True})
+        before = trainer.model.body.weight.detach().clone()
+        select_scale(trainer, [1.0, 10.0])
+        assert trainer.model.body.weight.dtype == torch.float32
+        assert torch.equal(trainer.model.body.weight, before)
+        assert "forward" not in vars(trainer.model)  # wrapped in autocast once per training
+        assert trainer.accelerator._models == trainer.accelerator._optimizers == []
+
+
+def test_a_subclass_counts_and_logs_the_training_alone(tmp_path):
+    prior, rows, _ = problem(3.0)
+
+    class Counting(PriorTrainer):
+        def __init__(self, *args, **kwargs):
+            self.calls, self.metrics, self.logged = 0, {"train": []}, []
+            super().__init__(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            self.metrics["train"].append(1)
+            return super().compute_loss(*args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            self.logged.append(logs)
+            super().log(logs, *args, **kwargs)
+
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, max_steps=7, learning_rate=0.1, prior_scale="auto")
+    trainer = Counting(model=Logistic(40), args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD)
+    trainer.train()
+    assert trainer.calls == len(trainer.metrics["train"]) == 7
+    assert len(trainer.logged) == 8  # the summary is one more
+
+
+def test_an_interrupted_search_leaves_neither_hooks_nor_a_trainer_in_training(tmp_path):
+    prior, rows, _ = problem(3.0)
+
+    class Embedding(Logistic):
+        def get_input_embeddings(self):
+            return self.body
+
+        def forward(self, x, labels=None):
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(tmp_path, prior, rows, Embedding(40), neftune_noise_alpha=5.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer.is_in_train
+    assert not trainer.model.body._forward_hooks
+    assert trainer.prior_update is None
+
+
+def test_a_search_that_begins_again_with_smaller_batches_forgets_what_it_measured(tmp_path):
+    prior, rows, _ = problem(3.0)
+    raised = []
+
+    class Short(PriorTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 20 and not raised:
+                raised.append(True)
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    chosen = {"max_steps": 10, "learning_rate": 0.1, "prior_scale": "auto", "auto_find_batch_size": True}
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, per_device_train_batch_size=16, **chosen)
+    trainer = Short(model=Logistic(40), args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD)
+    trainer.train()
+    assert raised
+    assert [t.scale for t in trainer.prior_scale_choice.trials] == pytest.approx(scale_ladder(prior.gaussian))
+
+
+def test_no_loss_in_evaluation_is_said(tmp_path):
+    prior, rows, _ = problem(3.0)
+
+    class Other(Logistic):
+        def forward(self, x, target=None):
+            return super().forward(x, target)
+
+    data = [{"x": x, "target": y} for x, y in zip(rows.x, rows.y, strict=True)]
+    args = {"max_steps": 5, "learning_rate": 0.1, "prior_scale": "auto"}
+    for names in (None, ["target"]):
+        given = quiet_arguments(tmp_path, PriorTrainingArguments, label_names=names, **args)
+        trainer = PriorTrainer(model=Other(40), args=given, train_dataset=data, prior=prior, optimizer_cls_and_kwargs=SGD)
+        if names is None:
+            with pytest.raises(ValueError, match="label_names"):
+                trainer.train()
+        else:
+            trainer.train()
+
+
+def test_a_disk_that_cannot_be_written_to_costs_no_training(tmp_path):
+    prior, rows, _ = problem(3.0)
+    (tmp_path / "prior_scale.json").mkdir()
+    trainer = trainer_of(tmp_path, prior, rows, max_steps=10)
+    with pytest.warns(PriorWarning, match="as numbers"):
+        trainer.train()
+    assert trainer.state.global_step == 10
+
+
+def test_resuming_without_a_checkpoint_says_what_trainer_says(tmp_path):
+    prior, rows, _ = problem(3.0)
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        trainer_of(tmp_path, prior, rows).train(resume_from_checkpoint=True)
+
+
+def test_labels_are_counted_once_for_the_training_and_once_for_the_rest(tmp_path, monkeypatch):
+    prior, rows, _ = problem(3.0)
+    counted = []
+
+    def count(dataset, *args, **kwargs):
+        counted.append(len(dataset))
+        return 7 * len(dataset)
+
+    monkeypatch.setattr("prior_hub.finetuning.trainer.count_labels", count)
+    trainer = trainer_of(tmp_path, prior, rows, max_steps=5, prior_count="labels")
+    trainer.train()
+    assert counted == [80, 64]
+    assert trainer.prior_scale_choice.num_examples == 7 * 64
+    assert trainer.prior_penalty.num_examples == 7 * 80
+
+
+def test_the_steps_of_a_grid_are_those_that_were_taken(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, prior_scale=1.0, max_steps=-1, num_train_epochs=1)
+    assert select_scale(trainer, [1.0, 10.0]).steps == 2 * 64 / 16
+
+
+def test_head_variances_that_overshoot_are_left_out_and_not_the_scales(tmp_path):
+    prior = random_prior(tiny_vit())
+    chosen = {"max_steps": 5, "per_device_train_batch_size": 8, "prior_scale": "auto", "prior_head_variance": "auto"}
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, prior_update="gradient", **chosen)
+    rate = (torch.optim.SGD, {"lr": 0.5})
+    trainer = PriorTrainer(
+        model=tiny_vit(), args=args, train_dataset=image_data(40), prior=prior, optimizer_cls_and_kwargs=rate
+    )
+    trainer.train()
+    narrowest = min(t.head_variance for t in trainer.prior_scale_choice.trials)
+    assert 0.5 / narrowest / 32 <= 2
+    assert 0.5 / (narrowest / 10**0.5) / 32 > 2
 
 
 def test_an_optimizer_without_an_implicit_step_begins_where_its_steps_are_stable(tmp_path):

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, TrainerCallback
@@ -57,6 +59,10 @@ WIDTHS = (1e-3, 1e3)
 HEAD_VARIANCES = tuple(10 ** (k / 2) for k in range(-5, 3))  # 0.003 to 10
 PER_DECADE = 2
 STEPS_PER_RUNG = (8, 100)  # at least and at most
+_FORWARD = ("forward", "_original_forward")  # accelerate wraps them, once more for every training in mixed precision
+_PREPARED = ("_models", "_optimizers", "_schedulers", "_dataloaders")  # what accelerate remembers
+_DATA = ("train_dataset", "eval_dataset")
+_FOUND_OUT = ("_ignores_item_count", "model_accepts_loss_kwargs")  # of the model, and told once
 
 
 @dataclass(frozen=True)
@@ -224,27 +230,18 @@ def _length(dataset: Any) -> int:
 def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerCallback], **settings: Any) -> Iterator[None]:
     """Within, `trainer` trains on `dataset` with other settings, and nobody hears of it; afterwards all is as it was.
 
-    Put back: weights and buffers, random states, arguments, callbacks, state, optimizer, scheduler, loss scaler.
+    Put back: weights, buffers and modes, random states, loss scaler, and every attribute of the trainer (arguments, callbacks,
+    state, optimizer, scheduler, loaders, counters, a subclass's own too).
     """
-    names: tuple[str, ...] = (
-        "args",
-        "train_dataset",
-        "model",
-        "model_wrapped",
-        "optimizer",
-        "lr_scheduler",
-        "state",
-        "control",
-    )
-    names += ("_train_batch_size", "_created_lr_scheduler")
-    kept = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
-    handler = trainer.callback_handler
+    attributes = trainer.__dict__
+    kept = dict(attributes)
+    handler, accelerator = trainer.callback_handler, trainer.accelerator
     heard, loaders = handler.callbacks, (handler.train_dataloader, handler.eval_dataloader)
+    prepared = {name: list(getattr(accelerator, name)) for name in _PREPARED if hasattr(accelerator, name)}
     fresh = trainer.model_init is not None  # train() will make a new model anyway
-    weights = None if fresh else {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
-    needed = None if fresh else {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+    put_back = None if fresh else _model_as_it_is(trainer.model)
     states = _random_states()
-    scaler = getattr(trainer.accelerator, "scaler", None)
+    scaler = getattr(accelerator, "scaler", None)
     scaling = scaler.state_dict() if scaler is not None else None
     args: Any = copy.copy(trainer.args)
     quiet = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "eval_on_start": False}
@@ -256,29 +253,88 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
         args.prior_num_examples = max(1, round(given * len(dataset) / len(trainer.train_dataset)))
     own = [c for c in heard if type(c).__module__.startswith("prior_hub.finetuning")]
     try:
+        attributes.update({name: _containers_copied(value) for name, value in kept.items() if name not in _DATA})
         trainer.args, trainer.train_dataset, trainer.model_wrapped = args, dataset, trainer.model
         trainer.control = copy.copy(trainer.control)
         trainer.optimizer = trainer.lr_scheduler = None
+        attributes.pop("_eval_dataloaders", None)  # of the evaluation set, with dataloader_persistent_workers
+        attributes["log"] = _say_nothing
         handler.callbacks = [DefaultFlowCallback(), *own, *callbacks]
         trainer._bind()
         yield
     finally:
+        noise = attributes.get("neftune_hook_handle")
+        if trainer.is_in_train and noise is not None:  # an error ended the training: nobody has taken it off
+            noise.remove()
+        found = {name: attributes[name] for name in _FOUND_OUT if name in attributes}
+        attributes.clear()
+        attributes.update(kept | found)
         handler.callbacks = heard
         handler.train_dataloader, handler.eval_dataloader = loaders
-        for name, value in kept.items():
-            setattr(trainer, name, value)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(handler, name, getattr(trainer, name))
-        if weights is not None and needed is not None:
-            trainer.model.load_state_dict(weights)
-            trainer.model.zero_grad(set_to_none=True)
-            for name, parameter in trainer.model.named_parameters():
-                parameter.requires_grad_(needed[name])
+        for name, objects in prepared.items():
+            getattr(accelerator, name)[:] = objects
+        if put_back is not None:
+            put_back()
         if scaler is not None:
             scaler.load_state_dict(scaling)
-        trainer._reset_totals()
         trainer._bind()
         _put_random_states(states)
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of `Trainer.log`, which a subclass may have made its own."""
+    del args, kwargs
+
+
+def _containers_copied(value: Any, depth: int = 3) -> Any:
+    """Dictionaries and lists are other ones, so that what is counted or gathered in them is not counted in the first ones."""
+    if depth and isinstance(value, dict):
+        copied: Any = copy.copy(value)
+        for key, inner in value.items():
+            copied[key] = _containers_copied(inner, depth - 1)
+        return copied
+    return copy.copy(value) if depth and isinstance(value, (list, set, deque)) else value
+
+
+def _model_as_it_is(model: nn.Module) -> Callable[[], None]:
+    """A function that puts weights, buffers (also those that are not saved), modes and `requires_grad` back.
+
+    What is frozen is kept on the CPU: it is most of a model that is trained through adapters.
+    """
+    parameters = [
+        (p, p.requires_grad, p.detach().clone() if p.requires_grad else p.detach().to("cpu", copy=True))
+        for p in model.parameters()
+        if not p.is_meta  # accelerate has moved it elsewhere: nothing trains it
+    ]
+    buffers = [(m, n, b, b.detach().clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    modes = [(m, m.training) for m in model.modules()]
+    forward = {name: vars(model)[name] for name in _FORWARD if name in vars(model)}
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for parameter, needed, value in parameters:
+                _fill(parameter, value)
+                parameter.requires_grad_(needed)
+                parameter.grad = None
+            for module, name, buffer, value in buffers:
+                _fill(buffer, value)
+                module._buffers[name] = buffer
+        for module, mode in modes:
+            module.training = mode
+        for name in _FORWARD:
+            vars(model).pop(name, None)
+        vars(model).update(forward)
+
+    return put_back
+
+
+def _fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    if tensor.dtype == value.dtype and tensor.shape == value.shape:
+        tensor.copy_(value)
+    else:  # an evaluation in bfloat16 casts the model for good
+        tensor.data = value.to(tensor.device)
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -295,9 +351,32 @@ def _put_random_states(states: tuple[Any, ...]) -> None:
 
 
 def held_out_nll(trainer: PriorTrainerMixin, loader: Any) -> float:
-    """Mean loss over the held-out examples, in nats."""
-    output = trainer.evaluation_loop(loader, "held-out part", prediction_loss_only=True, metric_key_prefix="held_out")
+    """Mean loss over the held-out examples, in nats.
+
+    Raises:
+        ValueError: the trainer evaluates without a loss, or on other examples.
+    """
+    trained, trainer.is_in_train = trainer.is_in_train, True  # else bf16_full_eval would cast the model for good
+    try:
+        output = trainer.evaluation_loop(loader, "held-out part", prediction_loss_only=True, metric_key_prefix="held_out")
+    finally:
+        trainer.is_in_train = trained
+    if "held_out_loss" not in output.metrics:
+        raise ValueError(
+            "there is no loss on the held-out examples to choose the scale by: the Trainer's evaluation finds labels under "
+            f"{trainer.label_names} only (label_names=[...] names others). Or pass prior_scale as a number."
+        )
     return float(output.metrics["held_out_loss"])
+
+
+def held_out_loader(trainer: PriorTrainerMixin, held: Any) -> Any:
+    """Batches of all held-out examples; within `rehearsal`, whose arguments it may change."""
+    args: Any = trainer.args
+    dropped, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        return trainer.get_eval_dataloader(held)
+    finally:
+        args.dataloader_drop_last = dropped
 
 
 def refuse_impossible_search(trainer: PriorTrainerMixin) -> None:
@@ -336,6 +415,7 @@ class _Walk(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's event."""
         del control, kwargs
+        self.trials, self.head_trials = [], []  # auto_find_batch_size may begin again
         self._leave_out_what_overshoots()
         self.bar = tqdm(
             total=self.rungs, desc="looking for the prior's scale", disable=args.disable_tqdm or not state.is_local_process_zero
@@ -374,17 +454,19 @@ class _Walk(TrainerCallback):
         if trainer.prior_update != "gradient":
             return
         rate = highest_rate(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
-        stable = []
-        for scale in self.ladder:
-            penalty.rescale(scale)
-            if rate * penalty.curvature() <= 2:
-                stable.append(scale)
-        if not stable:
+
+        def stable(scale: float, head: float | None) -> bool:
+            penalty.rescale(scale, head_variance=head)
+            return rate * penalty.curvature() <= 2
+
+        heads = [h for h in self.heads if stable(self.ladder[-1], h)]
+        ladder = [scale for scale in self.ladder if stable(scale, heads[0] if heads else None)]
+        if not ladder:
             raise ValueError(
                 f"a gradient step of the prior overshoots at every scale from {self.ladder[0]:.3g} to {self.ladder[-1]:.3g} "
                 f"with learning rate {rate:g}: use SGD, Adam or AdamW with prior_update='auto', or a lower learning rate."
             )
-        self.ladder = stable
+        self.ladder, self.heads = ladder, heads
 
     def _set(self, rung: int) -> None:
         penalty = self.trainer.prior_penalty
@@ -401,8 +483,14 @@ def best(trials: Sequence[ScaleTrial]) -> ScaleTrial:
     """The trial with the lowest smoothed NLL.
 
     Raises:
+        ValueError: there are none.
         PriorNumericsError: none has a finite one.
     """
+    if not trials:
+        raise ValueError(
+            "the rehearsal ended before its first measurement: with a fifth held out there may be no whole batch left "
+            "(dataloader_drop_last=True). Use a smaller batch, or pass prior_scale as a number."
+        )
     finite = [t for t in trials if math.isfinite(t.nll)]
     if not finite:
         raise PriorNumericsError(
@@ -440,7 +528,7 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
         "prior_head_variance": heads[0] if heads else penalty.head_variance,
     }
     with rehearsal(trainer, rest, [callback], **settings):
-        callback.loader = trainer.get_eval_dataloader(held)
+        callback.loader = held_out_loader(trainer, held)
         num_examples = trainer._num_examples()
         trainer._searching = True
         try:
@@ -499,18 +587,18 @@ def select_scale(
     trials: list[ScaleTrial] = []
     pairs = [(scale, head) for head in heads for scale in candidates]
     visible = not trainer.args.disable_tqdm and trainer.is_world_process_zero()
-    num_examples = 0
+    num_examples = steps = 0
     for scale, head in tqdm(pairs, desc="choosing the prior's scale", disable=not visible):
         with rehearsal(trainer, rest, [], prior_scale=scale, prior_head_variance=head):
-            loader = trainer.get_eval_dataloader(held)
+            loader = held_out_loader(trainer, held)
             num_examples = trainer._num_examples()
             trainer._train_as_it_is()
+            steps += trainer.state.global_step
             nll = held_out_nll(trainer, loader)
         trials.append(ScaleTrial(scale, head, nll if math.isfinite(nll) else math.inf))
     chosen = min(trials, key=lambda t: t.nll)
     if not math.isfinite(chosen.nll):
         raise PriorNumericsError("the held-out loss is not finite for any candidate: lower the learning rate.")
-    steps = len(trials) * training_steps(trainer)
     return ScaleChoice(chosen.scale, chosen.head_variance, tuple(trials), len(held), num_examples, "grid", steps)
 
 

@@ -400,7 +400,9 @@ class PriorTrainerMixin(_TrainerBase):
             return
         if resumed:
             folder = get_last_checkpoint(self.args.output_dir) if resumed is True else resumed
-            self.prior_scale_choice = None if folder is None else read_choice(folder)
+            if folder is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")  # as Trainer
+            self.prior_scale_choice = read_choice(folder)
             if self.prior_scale_choice is None:
                 raise ValueError(
                     f"training resumes from {folder}, which does not say which scale prior_scale='auto' had chosen "
@@ -413,7 +415,7 @@ class PriorTrainerMixin(_TrainerBase):
                 self, scale=None if auto else scale or given, auto_head=auto_head, train=self._train_as_it_is
             )
             if self.is_world_process_zero():
-                write_choice(self.args.output_dir, self.prior_scale_choice)
+                _write_or_warn(self.args.output_dir, self.prior_scale_choice)
                 if self._speaks():
                     logger.warning_advice(f"prior_scale='auto': {self.prior_scale_choice.report()}")
         self._bind()  # which parameters are under the head prior is asked before training begins
@@ -901,6 +903,19 @@ def _drops(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__.endswith("DropPath")
 
 
+def _write_or_warn(folder: str | os.PathLike[str], choice: ScaleChoice) -> None:
+    """The search is paid for, and other ranks go on: a disk that cannot be written to is no reason to stop."""
+    try:
+        write_choice(folder, choice)
+    except OSError as error:
+        warnings.warn(
+            f"prior_scale.json cannot be written to {folder} ({error}): a run that resumes from there has to be given "
+            f"prior_scale={choice.scale!r} and prior_head_variance={choice.head_variance!r} as numbers.",
+            PriorWarning,
+            stacklevel=3,
+        )
+
+
 class _BindPrior(TrainerCallback):
     """Binds the prior anew when training begins."""
 
@@ -917,8 +932,8 @@ class _BindPrior(TrainerCallback):
         del control, kwargs
         choice = self._trainer.prior_scale_choice
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if choice is not None and state.is_world_process_zero and folder.is_dir():
-            write_choice(folder, choice)
+        if choice is not None and args.should_save and folder.is_dir():
+            _write_or_warn(folder, choice)
 
 
 class _TakeSamples(TrainerCallback):
