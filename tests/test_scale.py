@@ -250,6 +250,19 @@ def test_with_model_init_the_trainers_own_model_is_left_alone(tmp_path):
     assert trainer.prior_penalty.covered_parameters()["body.weight"] is model.body.weight
 
 
+def test_a_loader_of_other_examples_than_the_held_out_ones_is_noticed(tmp_path):
+    prior, rows, test = problem(3.0)
+
+    class Stubborn(PriorTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return super().get_eval_dataloader(test)
+
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, max_steps=5, learning_rate=0.1, prior_scale="auto")
+    trainer = Stubborn(model=Logistic(40), args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD)
+    with pytest.raises(ValueError, match="4000 examples were measured in place of the 16"):
+        trainer.train()
+
+
 def test_a_search_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     prior, rows, _ = problem(3.0)
     rows.x[7] = math.nan

@@ -6,7 +6,11 @@
 (width 1e-3) that the weights stay where they are, and is widened by half decades to a width of 1e3, where it is practically
 none. Every rung goes on from the weights of the last one, at a constant learning rate, and ends with the NLL of the held-out
 examples: a regularisation path. The scale with the lowest NLL (smoothed over neighbours) is taken, the weights are put back,
-and the training itself runs on all examples. It costs about as much as the training, whatever the number of rungs.
+and the training itself runs on all examples. It costs about as much as the training, at least 8 and at most 100 steps a rung.
+
+The held-out examples must be new to the model: it should start from the prior's mean (`prior_initialize`, the default) or from
+other weights that were not fitted to this training set, and not be trained a second time. With label smoothing the NLL is the
+smoothed one. A subclass's `get_train_dataloader` must use `self.train_dataset`.
 
 `prior_head_variance="auto"` does the same with the variance of the new parameters, before, under the narrowest prior.
 
@@ -109,7 +113,7 @@ class ScaleChoice:
         if len(scales) > 1 and self.scale == scales[-1]:
             told += ". It is the widest one: these data do not ask for this prior, and plain fine-tuning may do as well"
         elif len(scales) > 1 and self.scale == scales[0]:
-            told += ". It is the narrowest one: on so few examples the weights should hardly leave the prior's mean"
+            told += ". It is the narrowest one tried: these examples give no reason for the weights to leave the prior's mean"
         return told + "."
 
     def to_json(self) -> str:
@@ -350,8 +354,8 @@ def _put_random_states(states: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state_all(states[3])
 
 
-def held_out_nll(trainer: PriorTrainerMixin, loader: Any) -> float:
-    """Mean loss over the held-out examples, in nats.
+def held_out_nll(trainer: PriorTrainerMixin, loader: Any, count: int) -> float:
+    """Mean loss over the `count` held-out examples, in nats.
 
     Raises:
         ValueError: the trainer evaluates without a loss, or on other examples.
@@ -365,6 +369,11 @@ def held_out_nll(trainer: PriorTrainerMixin, loader: Any) -> float:
         raise ValueError(
             "there is no loss on the held-out examples to choose the scale by: the Trainer's evaluation finds labels under "
             f"{trainer.label_names} only (label_names=[...] names others). Or pass prior_scale as a number."
+        )
+    if output.num_samples != count:
+        raise ValueError(
+            f"{output.num_samples} examples were measured in place of the {count} that are held out: get_eval_dataloader of "
+            f"{type(trainer).__name__} does not take the data set it is given. Pass prior_scale as a number."
         )
     return float(output.metrics["held_out_loss"])
 
@@ -401,8 +410,9 @@ def refuse_impossible_search(trainer: PriorTrainerMixin) -> None:
 class _Walk(TrainerCallback):
     """Widens the prior rung by rung while the trainer trains, and measures at the end of each."""
 
-    def __init__(self, trainer: PriorTrainerMixin, loader: Any, ladder: list[float], heads: list[float], each: int) -> None:
-        self.trainer, self.loader, self.each = trainer, loader, each
+    def __init__(self, trainer: PriorTrainerMixin, ladder: list[float], heads: list[float], each: int, count: int) -> None:
+        self.trainer, self.each, self.count = trainer, each, count
+        self.loader: Any = None  # of the `count` held-out examples
         self.ladder, self.heads = ladder, heads
         self.trials: list[ScaleTrial] = []
         self.head_trials: list[ScaleTrial] = []
@@ -431,7 +441,7 @@ class _Walk(TrainerCallback):
         trainer = self.trainer
         penalty = trainer.prior_penalty
         assert penalty is not None  # noqa: S101
-        nll = held_out_nll(trainer, self.loader)
+        nll = held_out_nll(trainer, self.loader, self.count)
         trial = ScaleTrial(penalty.gaussian.scale, penalty.head_variance, nll if math.isfinite(nll) else math.inf)
         (self.head_trials if done <= len(self.heads) else self.trials).append(trial)
         self.bar.set_postfix_str(f"scale {trial.scale:.2g}, NLL {nll:.4f}")
@@ -518,7 +528,7 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
     ladder = scale_ladder(penalty.gaussian) if scale is None else [scale]
     heads = list(HEAD_VARIANCES) if auto_head and penalty.has_head else []
     each = min(max(steps // (len(ladder) + len(heads)), STEPS_PER_RUNG[0]), STEPS_PER_RUNG[1])
-    callback = _Walk(trainer, None, ladder, heads, each)
+    callback = _Walk(trainer, ladder, heads, each, len(held))
     settings = {
         "max_steps": each * callback.rungs,
         "lr_scheduler_type": "constant_with_warmup",
@@ -559,7 +569,8 @@ def select_scale(
         trainer.train()
 
     The thorough, expensive form of `prior_scale="auto"`, and the protocol of the literature (validation NLL on a fifth). The
-    trainer is left as it was: weights, random states, callbacks. Pass a number on, or train with all examples after it.
+    trainer is left as it was: weights, random states, callbacks. The trainings do not evaluate and hear no callbacks of yours, so
+    that early stopping, `load_best_model_at_end` and schedules that watch a metric have no part in them.
 
     Args:
         trainer: a `PriorTrainer` with a prior and a training set of known length.
@@ -594,7 +605,7 @@ def select_scale(
             num_examples = trainer._num_examples()
             trainer._train_as_it_is()
             steps += trainer.state.global_step
-            nll = held_out_nll(trainer, loader)
+            nll = held_out_nll(trainer, loader, len(held))
         trials.append(ScaleTrial(scale, head, nll if math.isfinite(nll) else math.inf))
     chosen = min(trials, key=lambda t: t.nll)
     if not math.isfinite(chosen.nll):
