@@ -470,10 +470,9 @@ def cells(which: Prior, rows: list[dict[str, str]], plan: Plan) -> Iterator[Cell
             yield {"stage": "prior", **name, "source": source, "seed": 0, "strength": 0.0}
         for strength in strengths(which, plan) if source < plan.tuned else ():
             yield {"stage": "tune", **name, "source": source, "seed": 1000 + source, "strength": strength}
-    best = chosen(rows, which, plan)
-    if best is not None:
-        measured = (best,) if which.factor == PLAIN else dict.fromkeys((best, plan.fixed))
-        for strength, source, few in itertools.product(measured, range(plan.sources), range(plan.sets)):
+    measured = dict.fromkeys([*([] if which.factor == PLAIN else [plan.fixed]), chosen(rows, which, plan)])
+    for strength, source, few in itertools.product(measured, range(plan.sources), range(plan.sets)):
+        if strength is not None:  # the choice is not known yet
             yield {"stage": "final", **name, "source": source, "seed": source + plan.sources * few, "strength": strength}
 
 
@@ -555,8 +554,8 @@ def report(path: Path, plan: Plan) -> str:
         "variance, share of the total variance in the low-rank part, accuracy on the source task at the mean; the typical "
         "variance chosen on development images, and with it test NLL (nats), accuracy, and their differences from the default "
         f"prior with its own choice; last, the difference in NLL when both have a typical variance of {plan.fixed:g}. "
-        "Differences are paired, mean ± SE. **Bold**: told apart by a paired t-test at 95 %; of so many comparisons "
-        "one in twenty would be by chance alone.",
+        "Differences are paired, mean ± standard error. **Bold**: told apart by a paired t-test at 95 %; of so many "
+        "comparisons one in twenty would be by chance alone. Empty: not run, or (scale, K = 0, no prior) not defined.",
         "",
         "| factor | value | K | eff. | 99 % | floor | median var. | low-rank | source acc. | chosen | NLL | accuracy "
         f"| NLL - default | accuracy - default (points) | NLL - default, both at {plan.fixed:g} |",
@@ -566,19 +565,22 @@ def report(path: Path, plan: Plan) -> str:
     for which in priors():
         best = chosen(rows, which, plan)
         mine = {} if best is None else _measured(rows, which, best)
-        if best is None or not mine:
+        fixed = {} if which.factor == PLAIN else _measured(rows, which, plan.fixed)
+        if not mine and not fixed:
             continue
         looks = [r for r in rows if (r["stage"], r["factor"], r["value"]) == ("prior", which.factor, which.value)]
         factor = "" if which.factor == previous else which.factor
         previous = which.factor
-        own = chosen(rows, plain, plan)
-        gaps = [""] * 3
-        if which.factor != "default" and own is not None:
-            gaps = [_gap(mine, base[own], "nll", 1.0, 4), _gap(mine, base[own], "accuracy", 100.0, 2), ""]
-            if which.factor != PLAIN:
-                gaps[2] = _gap(_measured(rows, which, plan.fixed), base[plan.fixed], "nll", 1.0, 4)
-        nll, accuracy = (fmean(float(r[name]) for r in mine.values()) for name in ("nll", "accuracy"))
-        entries = [factor, which.value, _looks(looks), f"{best:g}", f"{nll:.4f}", f"{100 * accuracy:.1f} %", *gaps]
+        measured = ["", "", ""]
+        if best is not None and mine:
+            nll, accuracy = (fmean(float(r[name]) for r in mine.values()) for name in ("nll", "accuracy"))
+            measured = [f"{best:g}", f"{nll:.4f}", f"{100 * accuracy:.1f} %"]
+        gaps = ["", "", ""]
+        if which.factor != "default":
+            own = base.get(chosen(rows, plain, plan) or math.nan, {})
+            gaps = [_gap(mine, own, "nll", 1.0, 4), _gap(mine, own, "accuracy", 100.0, 2)]
+            gaps.append(_gap(fixed, base[plan.fixed], "nll", 1.0, 4))
+        entries = [factor, which.value, _looks(looks), *measured, *gaps]
         lines.append("| " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
