@@ -569,8 +569,8 @@ def select_scale(
         trainer.train()
 
     The thorough, expensive form of `prior_scale="auto"`, and the protocol of the literature (validation NLL on a fifth). The
-    trainer is left as it was: weights, random states, callbacks. The trainings do not evaluate and none of your callbacks hear of
-    them, so that early stopping, `load_best_model_at_end` and schedules that watch a metric have no part in them.
+    trainer is left as it was: weights, random states, callbacks. The trainings do not evaluate and none of your callbacks hears
+    of them, so that early stopping, `load_best_model_at_end` and schedules that watch a metric have no part in them.
 
     Args:
         trainer: a `PriorTrainer` with a prior and a training set of known length.
