@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from prior_hub.finetuning.counting import COUNTS
 from prior_hub.finetuning.proximal import UPDATES
 from prior_hub.finetuning.sampling import METRICS, SAMPLERS
+from prior_hub.finetuning.scale import number_or_auto
 from prior_hub.inference.schedule import SCHEDULES
 
 __all__ = ["PriorArgumentsMixin", "PriorTrainingArguments", "SamplingArgumentsMixin"]
@@ -115,6 +116,14 @@ class PriorArgumentsMixin:
     )
     prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
     prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})
+
+    def __post_init__(self) -> None:
+        """Numbers from the command line come as text, because "auto" may stand in their place."""
+        self.prior_scale = number_or_auto(self.prior_scale, "prior_scale")
+        self.prior_head_variance = number_or_auto(self.prior_head_variance, "prior_head_variance")
+        further = getattr(super(), "__post_init__", None)
+        if further is not None:
+            further()
 
 
 @dataclass
