@@ -567,9 +567,9 @@ def report(path: Path, plan: Plan) -> str:
         best = chosen(rows, which, plan)
         mine = {} if best is None else _measured(rows, which, best)
         fixed = {} if which.factor == PLAIN else _measured(rows, which, plan.fixed)
-        if not mine and not fixed:
-            continue
         looks = [r for r in rows if (r["stage"], r["factor"], r["value"]) == ("prior", which.factor, which.value)]
+        if not mine and not fixed and not looks:
+            continue
         factor = "" if which.factor == previous else which.factor
         previous = which.factor
         measured = ["", "", ""]
