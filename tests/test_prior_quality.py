@@ -159,12 +159,12 @@ def test_it_runs_resumes_and_reports(tmp_path):
 
     run(tmp_path, "--only", "factor=variance floor", "value=1e-4")
     into = tmp_path / "TEXT.md"
-    into.write_text("before\n<!-- tables: written by prior_quality.py --report -->\nold\n<!-- tables: end -->\nafter\n")
+    into.write_text("before\n<!-- tables: written by prior_quality.py --report -->\nwhat stood here\n<!-- tables: end -->\nafter\n")
     run(tmp_path, "--report", "--into", into)
     text = into.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "what stood here" not in text
     finals = [r for r in rows(tmp_path) if r["stage"] == "final" and float(r["strength"]) == 0.1]
     nll = {(r["factor"], r["source"]): float(r["nll"]) for r in finals}
     gaps = [nll["variance floor", s] - nll["default", s] for s in ("0", "1")]

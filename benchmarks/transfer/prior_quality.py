@@ -455,7 +455,8 @@ def chosen(rows: list[dict[str, str]], which: Prior, plan: Plan) -> float | None
     found: dict[float, list[float]] = {}
     for row in rows:
         if (row["stage"], row["factor"], row["value"]) == ("tune", which.factor, which.value):
-            found.setdefault(float(row["strength"]), []).append(float(row["nll"]))
+            nll = float(row["nll"])
+            found.setdefault(float(row["strength"]), []).append(math.inf if math.isnan(nll) else nll)  # it diverged
     tried = strengths(which, plan)
     if any(len(found.get(s, [])) < plan.tuned for s in tried):
         return None
@@ -566,9 +567,9 @@ def report(path: Path, plan: Plan) -> str:
         best = chosen(rows, which, plan)
         mine = {} if best is None else _measured(rows, which, best)
         fixed = {} if which.factor == PLAIN else _measured(rows, which, plan.fixed)
-        if not mine and not fixed:
-            continue
         looks = [r for r in rows if (r["stage"], r["factor"], r["value"]) == ("prior", which.factor, which.value)]
+        if not mine and not fixed and not looks:
+            continue
         factor = "" if which.factor == previous else which.factor
         previous = which.factor
         measured = ["", "", ""]
@@ -621,6 +622,9 @@ def difference(values: list[float], digits: int) -> str:
     """Mean ± standard error; bold where a t-test at 95 % tells it from zero."""
     if len(values) < 2:
         return "(one pair)" if values else ""
+    lost = sum(math.isnan(v) for v in values)
+    if lost:
+        return f"(diverged in {lost} of {len(values)})"
     mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
     text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
     return f"**{text}**" if abs(mean) > STUDENT.get(len(values) - 1, 2.2) * error > 0 else text
