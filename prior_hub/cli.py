@@ -460,7 +460,7 @@ def _parser() -> argparse.ArgumentParser:
         "fewest that hold the share --explained. Along those the covariance stays as it was. What is dropped the file need not "
         "hold.",
         "examples:\n  prior-hub compress ./my_prior\n  prior-hub compress org/name --explained 0.95 --output ./smaller\n"
-        "  prior-hub compress ./my_prior --rank 5 --output ./smaller",
+        "  prior-hub compress ./my_prior --rank 2 --output ./smaller",
     )
     _prior_argument(compress)
     compress.add_argument(

@@ -159,7 +159,8 @@ def test_it_runs_resumes_and_reports(tmp_path):
 
     run(tmp_path, "--only", "factor=variance floor", "value=1e-4")
     into = tmp_path / "TEXT.md"
-    into.write_text("before\n<!-- tables: written by prior_quality.py --report -->\nwhat stood here\n<!-- tables: end -->\nafter\n")
+    marks = ("<!-- tables: written by prior_quality.py --report -->", "<!-- tables: end -->")
+    into.write_text(f"before\n{marks[0]}\nwhat stood here\n{marks[1]}\nafter\n")
     run(tmp_path, "--report", "--into", into)
     text = into.read_text()
     assert text.startswith("before\n")
