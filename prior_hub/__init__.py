@@ -60,6 +60,7 @@ _LAZY = {
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
     "disagreement": "prior_hub.inference.diagnostics",
+    "find_scale": "prior_hub.finetuning.scale",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "learn_prior": "prior_hub.learning.recipes",
     "list_samples": "prior_hub.inference.samples",
@@ -117,6 +118,7 @@ __all__ = [
     "chain_diagnostics",
     "classification_metrics",
     "disagreement",
+    "find_scale",
     "isotropic_prior",
     "learn_prior",
     "list_samples",
@@ -133,7 +135,7 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.arguments import PriorArgumentsMixin, PriorTrainingArguments, SamplingArgumentsMixin
     from prior_hub.finetuning.penalty import PriorPenalty
     from prior_hub.finetuning.proximal import ProximalStep
-    from prior_hub.finetuning.scale import ScaleChoice, ScaleTrial, scale_ladder, select_scale
+    from prior_hub.finetuning.scale import ScaleChoice, ScaleTrial, find_scale, scale_ladder, select_scale
     from prior_hub.finetuning.trainer import PriorTrainer, PriorTrainerMixin
     from prior_hub.inference.average import AveragedPrediction, BayesianModelAverage
     from prior_hub.inference.baoa import BAOA, BoundGaussian

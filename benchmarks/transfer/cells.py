@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from cifar_resnet20 import Images, ResNet20, load
 from safetensors.torch import load_file
 
-from prior_hub.finetuning.scale import write_choice
+from prior_hub.finetuning.scale import ScaleChoice, find_scale, held_out_split, write_choice
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ def low_rank(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dic
 
 
 def low_rank_auto(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
-    """The learned prior, its scale chosen by PriorTrainer itself."""
+    """The learned prior; run_cell finds its scale as PriorTrainer does, with a head that has not seen the held-out part."""
     del strength
-    return prior, {"prior_scale": "auto"}
+    return prior, {}
 
 
 def frozen(prior: PriorModel, strength: float) -> tuple[PriorModel | None, dict[str, Any]]:
@@ -185,6 +185,13 @@ METHODS = {
 
 def train(trainer_class: type[Trainer], model: nn.Module, settings: dict[str, Any], images: Any, **more: Any) -> Trainer:
     """SGD with momentum 0.9, quietly."""
+    trainer = made_trainer(trainer_class, model, settings, images, **more)
+    trainer.train()
+    return trainer
+
+
+def made_trainer(trainer_class: type[Trainer], model: nn.Module, settings: dict[str, Any], images: Any, **more: Any) -> Trainer:
+    """The trainer; nothing is written to its folder."""
     arguments = PriorTrainingArguments if trainer_class is PriorTrainer else TrainingArguments
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "log_level": "error"}
     if not torch.cuda.is_available():
@@ -194,7 +201,6 @@ def train(trainer_class: type[Trainer], model: nn.Module, settings: dict[str, An
         sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": 0.9})
         trainer = trainer_class(model=model, args=args, train_dataset=images, optimizer_cls_and_kwargs=sgd, **more)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
     return trainer
 
 
@@ -250,6 +256,16 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, folds: int = 5) 
     return chosen
 
 
+def found_scale(task: CifarTask, prior: PriorModel, settings: dict[str, Any], images: Images, *, compiled: bool) -> ScaleChoice:
+    """What `prior_scale="auto"` chooses; the head is fitted to the four fifths alone, or it would know the held-out labels."""
+    rest, _ = held_out_split(images, 0.2, settings["seed"])
+    model, _ = task.model(prior, images.part(torch.tensor(rest.indices)))
+    if compiled:
+        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+    trainer = made_trainer(PriorTrainer, model, settings, images, prior=prior)
+    return find_scale(trainer)
+
+
 def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, Any]:
     """Fine-tune and measure: the row."""
     began = time.perf_counter()
@@ -279,11 +295,15 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
         train(Trainer, model, settings, fit)
     else:
         head = {"prior_initialize": False, "prior_head_variance": head_variance}
+        choice = None
+        if cell.method.endswith("auto"):
+            choice = found_scale(task, chosen, head | settings, fit, compiled=t.get("compile", False))
+            write_choice(task.work / "choices" / f"n{cell.n}_seed{cell.seed}", choice)
+            settings["prior_scale"] = choice.scale
+            set_seed(1000 + cell.seed)
         trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
         row["update"] = trainer.prior_update
         row["scale"] = f"{trainer.prior_penalty.gaussian.scale:.6g}"
-        if trainer.prior_scale_choice is not None:
-            write_choice(task.work / "choices" / f"n{cell.n}_seed{cell.seed}", trainer.prior_scale_choice)
     vars(model).pop("forward", None)  # to measure with batches of another size
     row.setdefault("update", "")
     row.setdefault("scale", "")

@@ -4,13 +4,14 @@
 
 `prior_scale="auto"`: a rehearsal before the training, with a fifth of the training set held out. The prior begins so narrow
 (width 1e-3) that the weights stay where they are, and is widened by half decades to a width of 1e3, where it is practically
-none. Every rung goes on from the weights of the last one, at a constant learning rate, and ends with the NLL of the held-out
-examples: a regularisation path. The scale with the lowest NLL (smoothed over neighbours) is taken, the weights are put back,
-and the training itself runs on all examples. It costs about as much as the training, at least 8 and at most 100 steps a rung.
+none. Every rung goes on from the weights of the last one, with a learning rate that falls to zero (constant, if the training's
+is), and ends with the NLL of the held-out examples: a regularisation path. The scale with the lowest NLL (smoothed over
+neighbours) is taken, the weights are put back, and the training itself runs on all examples. It costs about as much as the
+training, at least 8 and at most 100 steps a rung. `find_scale` does it without the training.
 
 The held-out examples must be new to the model: it should start from the prior's mean (`prior_initialize`, the default) or from
-other weights that were not fitted to this training set, and not be trained a second time. With label smoothing the NLL is the
-smoothed one. A subclass's `get_train_dataloader` must use `self.train_dataset`.
+other weights, the head's too, that were not fitted to this training set, and not be trained a second time. With label smoothing
+the NLL is the smoothed one. A subclass's `get_train_dataloader` must use `self.train_dataset`.
 
 `prior_head_variance="auto"` does the same with the variance of the new parameters, before, under the narrowest prior.
 
@@ -53,7 +54,7 @@ from prior_hub.priors.gaussian import LowRankGaussian
 if TYPE_CHECKING:
     from prior_hub.finetuning.trainer import PriorTrainerMixin
 
-__all__ = ["AUTO", "ScaleChoice", "ScaleTrial", "number_or_auto", "scale_ladder", "select_scale"]
+__all__ = ["AUTO", "ScaleChoice", "ScaleTrial", "find_scale", "number_or_auto", "scale_ladder", "select_scale"]
 
 logger = logging.get_logger(__name__)
 
@@ -531,9 +532,7 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
     callback = _Walk(trainer, ladder, heads, each, len(held))
     settings = {
         "max_steps": each * callback.rungs,
-        "lr_scheduler_type": "constant_with_warmup",
-        "lr_scheduler_kwargs": {},
-        "warmup_steps": max(1, each // 2),
+        **_schedule(trainer.args, callback.rungs, each),
         "prior_scale": ladder[0],
         "prior_head_variance": heads[0] if heads else penalty.head_variance,
     }
@@ -553,6 +552,32 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
 
 
 # --------------------------------------------------------------------------------------------------------------- the grid
+
+
+def find_scale(trainer: PriorTrainerMixin, *, head_variance: bool = False) -> ScaleChoice:
+    """What `prior_scale="auto"` would choose for this trainer, without training; the trainer is left as it was.
+
+        choice = find_scale(trainer)
+        trainer.args.prior_scale = choice.scale
+
+    Args:
+        trainer: a `PriorTrainer` with a prior and a training set of known length, its weights not fitted to that set.
+        head_variance: choose the variance of the head prior too, as `prior_head_variance="auto"`.
+
+    Raises:
+        ValueError: no prior, no length, a sampler, a sharded model, or an optimizer that was given.
+        PriorNumericsError: the loss is not finite.
+    """
+    if trainer.prior is None:
+        raise ValueError("this trainer has no prior, and so no scale to choose.")
+    return walk(trainer, scale=None, auto_head=head_variance, train=trainer._train_as_it_is)
+
+
+def _schedule(args: Any, rungs: int, each: int) -> dict[str, Any]:
+    """Where the training's learning rate falls, each rung's does too: the noise of large steps hides what is learned."""
+    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"):
+        return {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}, "warmup_steps": max(1, each // 2)}
+    return {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": rungs}, "warmup_steps": 0}
 
 
 def select_scale(
