@@ -876,6 +876,7 @@ def test_a_base_whose_rounding_the_prior_would_notice_warns_with_what_it_costs(d
     assert isotropic.adapters
 
 
+@pytest.mark.slow
 def test_peft_is_not_needed():
     code = (
         "import sys; sys.modules['peft'] = None\n"

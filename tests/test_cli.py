@@ -212,6 +212,7 @@ def test_the_demo_runs_from_the_command_line(tmp_path):
     assert PriorModel.from_pretrained(tmp_path / "out" / "prior").rank == 4
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_demo_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['matplotlib'] = None; from prior_hub.cli import main; sys.exit(main(['demo', '--quick']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)

@@ -39,6 +39,7 @@ def test_it_writes_a_prior_a_figure_and_the_numbers(run):
     assert (result.prior, result.results) == (folder / "prior", folder / "results.json")
 
 
+@pytest.mark.slow
 def test_progress_bars_are_on_standard_error_where_they_are_wanted(run, tmp_path):
     _, _, without = run
     text, errors = io.StringIO(), io.StringIO()

@@ -370,6 +370,7 @@ def test_a_pickled_network_is_refused_by_its_name(tmp_path):
         PriorModel.from_legacy(tmp_path / "swag.pt")
 
 
+@pytest.mark.slow
 def test_the_way_out_gives_files_that_are_imported(tmp_path):
     """The lines in the message, on an object with the original's names."""
     paper_files(tmp_path / "a", n=8, rank=8)

@@ -304,6 +304,7 @@ def test_where_the_implicit_form_converges_the_gradient_form_diverges():
 
 
 @pytest.mark.parametrize("name", ["momentum", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_at_a_soft_prior_both_forms_end_in_the_same_weights(name):
     ends = []
     for implicit in (True, False):

@@ -184,6 +184,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["simclr", "barlow"])
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_the_gradient_of_one_with_the_whole_batch(two_processes, name):
     model = float64_model(name)
     loss = model(float64_views())["loss"]
