@@ -29,7 +29,7 @@ augment = true
 
 [target]
 dataset = "{folder}/target"
-numbers = [20]
+numbers = [30]
 steps = [2]
 batch_size = 8
 learning_rates = [0.02]
@@ -38,6 +38,9 @@ augment = true
 [strengths]
 plain = [0.001, 0.01]
 "low rank" = [1, 1000]
+
+[auto]
+"low rank, auto" = "low rank"
 
 [oracle]
 seeds = [0]
@@ -81,12 +84,12 @@ def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
     results = folder / "results.csv"
     options = (folder / "tiny.toml", "--results", results, "--work", folder / "work", "--workers", "1")
     named = run(folder, "run.py", *options, "--list")
-    assert named.count("missing") == 4 + 2 + 2  # candidates, frozen starts, oracle; no final can be named yet
+    assert named.count("missing") == 4 + 2  # candidates and frozen starts; nothing else can be named yet
 
     run(folder, "run.py", *options)
     found = rows(results)
     count = {stage: sum(r["stage"] == stage for r in found) for stage in ("tune", "final", "oracle")}
-    assert count == {"tune": 4, "final": 2 + 2 * 2, "oracle": 2}
+    assert count == {"tune": 4, "final": 2 + 2 * 2 + 2, "oracle": 2}
     for method in ("plain", "low rank"):  # the finals are the candidate with the lowest validation NLL
         tuned = {r["strength"]: float(r["nll"]) for r in found if r["stage"] == "tune" and r["method"] == method}
         finals = {r["strength"] for r in found if r["stage"] == "final" and r["method"] == method}
@@ -108,7 +111,8 @@ def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
     assert len(results.read_text().splitlines()) == len(lines)
 
     printed = run(folder, "report.py", results, "--figures", folder / "figures")
-    assert "n = 20, seeds 0, 1" in printed
+    assert "n = 30, seeds 0, 1" in printed
+    assert "auto chose" in printed
     plain = [float(r["nll"]) for r in found if r["stage"] == "final" and r["method"] == "plain"]
     assert f"{sum(plain) / 2:.3f} ±" in printed
     assert "validation chose" in printed
@@ -117,7 +121,7 @@ def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
 
 def test_a_report_of_an_unfinished_grid_names_what_is_missing(folder, tmp_path):
     results = folder / "results.csv"
-    kept = [line for line in results.read_text().splitlines() if ",final,plain,20,1," not in line]
+    kept = [line for line in results.read_text().splitlines() if ",final,plain,30,1," not in line]
     (tmp_path / "part.csv").write_text("\n".join(kept) + "\n")
     assert "1 final rows are missing (plain fine-tuning, weight decay seed 1, ...)" in run(
         folder, "report.py", tmp_path / "part.csv"
