@@ -299,7 +299,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", default="fancyzhu/ag_news", help="Hub data set or local parquet folder (default: %(default)s)"
+        "--source", default="fancyzhx/ag_news", help="Hub data set or local parquet folder (default: %(default)s)"
     )
     parser.add_argument("--target", default="stanfordnlp/sst2", help="the same for the target task (default: %(default)s)")
     parser.add_argument("--model", help="Hub name or folder of a pre-trained encoder (default: one is made from scratch)")

@@ -20,10 +20,12 @@ from prior_hub import (
     PriorTrainingArguments,
     PriorWarning,
     ScaleChoice,
+    ScaleTrial,
+    find_scale,
     scale_ladder,
     select_scale,
 )
-from prior_hub.finetuning.scale import read_choice, write_choice
+from prior_hub.finetuning.scale import best, read_choice, write_choice
 
 torch.set_num_threads(1)
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
@@ -211,6 +213,53 @@ def test_head_variance_auto_is_chosen_and_used(tmp_path):
     assert tried[:8] == pytest.approx([10 ** (k / 2) for k in range(-5, 3)])
     assert choice.head_variance in tried
     assert trainer.prior_penalty.head_variance == choice.head_variance
+
+
+def test_find_scale_is_what_auto_chooses_and_leaves_the_trainer_as_it_was(tmp_path):
+    data, prior = image_data(40), random_prior(tiny_vit())
+    chosen = {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 0.02, "prior_head_variance": "auto"}
+
+    def made(**more):
+        args = quiet_arguments(tmp_path, PriorTrainingArguments, **chosen, **more)
+        return PriorTrainer(model=tiny_vit(), args=args, train_dataset=data, prior=prior, optimizer_cls_and_kwargs=SGD)
+
+    asked, automatic = made(), made(prior_scale="auto")
+    before = {k: v.clone() for k, v in asked.model.state_dict().items()}
+    choice = find_scale(asked)
+    assert all(torch.equal(before[k], v) for k, v in asked.model.state_dict().items())
+    assert asked.prior_scale_choice is None
+    automatic.train()
+    assert choice == automatic.prior_scale_choice
+    assert len(choice.trials) == 8 + 13  # head variances, then scales
+
+
+@pytest.mark.parametrize(("schedule", "falls"), [("linear", True), ("cosine", True), ("constant", False)])
+def test_the_learning_rate_falls_on_every_rung_where_the_trainings_does(tmp_path, schedule, falls):
+    prior, rows, _ = problem(3.0)
+    rates = []
+
+    class Spy(PriorTrainer):
+        def training_step(self, *args, **kwargs):
+            if self._searching:
+                rates.append(self.optimizer.param_groups[0]["lr"])
+            return super().training_step(*args, **kwargs)
+
+    args = quiet_arguments(
+        tmp_path, PriorTrainingArguments, max_steps=130, learning_rate=0.1, prior_scale="auto", lr_scheduler_type=schedule
+    )
+    Spy(model=Logistic(40), args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD).train()
+    assert len(rates) == 130
+    for rung in range(1, 13):
+        own = rates[10 * rung : 10 * rung + 10]
+        assert own[0] == pytest.approx(0.1)
+        assert own[-1] < 0.01 if falls else own[-1] == pytest.approx(0.1)
+
+
+def test_the_choice_is_by_the_nll_smoothed_over_neighbours():
+    nll = [2.0, 1.0, 2.0, 1.2, 1.1, 1.2, 2.0]  # a lucky rung, and a broad minimum
+    trials = [ScaleTrial(10.0**k, None, value) for k, value in enumerate(nll)]
+    assert best(trials).scale == 1e4
+    assert best([*trials[:4], ScaleTrial(1e4, None, math.inf)]).scale == 1e3  # by hand: 1.75, 1.5, 1.55, 1.4
 
 
 def test_select_scale_measures_what_separate_trainings_on_four_fifths_measure(tmp_path):

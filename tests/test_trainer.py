@@ -883,9 +883,9 @@ def test_a_trainer_that_only_evaluates_keeps_the_models_weights_and_says_so(tmp_
     assert not any("keeps its own weights" in line for line in said)
 
 
-@pytest.mark.parametrize("refused", ["no N", "all frozen", "optimizer", "head variance"])
+@pytest.mark.parametrize("refused", ["no N", "all frozen", "optimizer", "head variance", "auto"])
 def test_a_refused_setup_leaves_the_model_as_it_came(tmp_path, refused):
-    model, data, settings = tiny_vit(), image_data(4), {}
+    model, data, settings, more = tiny_vit(), image_data(4), {}, {}
     prior = random_prior(model)
     if refused == "no N":
         data, settings = Stream(data), {"max_steps": 1}
@@ -894,11 +894,14 @@ def test_a_refused_setup_leaves_the_model_as_it_came(tmp_path, refused):
             parameter.requires_grad_(name.startswith("classifier"))
     elif refused == "optimizer":
         settings = {"optim": "lomo"}
-    else:
-        settings = {"prior_head_variance": -1.0}
+    elif refused == "auto":  # with an optimizer that was given
+        settings, more = {"prior_scale": "auto"}, {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}
+    args = quiet_arguments(tmp_path, **settings)
+    if refused == "head variance":
+        args.prior_head_variance = -1.0  # as a hyperparameter search may set it
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises((ValueError, PriorMatchError)):
-        PriorTrainer(model=model, prior=prior, args=quiet_arguments(tmp_path, **settings), train_dataset=data)
+        PriorTrainer(model=model, prior=prior, args=args, train_dataset=data, **more)
     assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
 
 

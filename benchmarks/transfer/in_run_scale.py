@@ -41,6 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     config = tomllib.loads(options.config.read_text())
     target = config["target"]
+    highest = target["learning_rates"][0]
     steps = target["steps"][target["numbers"].index(options.n)]
     task = TASKS[config["task"]](config, options.work / options.config.stem)
     prior = task.prior()
@@ -49,7 +50,7 @@ def main() -> None:
     set_seed(1000 + options.seed)
     model, head_variance = task.model(prior, fit)
     print(f"start: {measure(model, task.test())}, head variance {head_variance:.3g}", flush=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=target["learning_rate"], momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=highest, momentum=0.9)
     generator = torch.Generator().manual_seed(options.seed)
     logarithm, square, count, path, order, used = math.log(options.scale), 0.0, 0, [], [], fit
     penalty = PriorPenalty(prior, model, num_examples=len(used), scale=options.scale, head_variance=head_variance)
@@ -65,7 +66,7 @@ def main() -> None:
         optimizer.zero_grad()
         model(used.batch(batch), used.labels[batch])["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = target["learning_rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = highest * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         lengths = {id(p): rate / 0.1 for p in model.parameters()}

@@ -44,7 +44,6 @@ from torch import nn
 from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, TrainerCallback
-from transformers.utils import logging
 
 from prior_hub.distributed import is_sharded
 from prior_hub.errors import PriorFormatError, PriorNumericsError
@@ -55,8 +54,6 @@ if TYPE_CHECKING:
     from prior_hub.finetuning.trainer import PriorTrainerMixin
 
 __all__ = ["AUTO", "ScaleChoice", "ScaleTrial", "find_scale", "number_or_auto", "scale_ladder", "select_scale"]
-
-logger = logging.get_logger(__name__)
 
 AUTO = "auto"
 FILE_NAME = "prior_scale.json"
@@ -551,18 +548,23 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
     return ScaleChoice(best(callback.trials).scale, head, trials, len(held), num_examples, "path", len(trials) * each)
 
 
-# --------------------------------------------------------------------------------------------------------------- the grid
+def _schedule(args: Any, rungs: int, each: int) -> dict[str, Any]:
+    """Where the training's learning rate falls, each rung's does too: the noise of large steps hides what is learned."""
+    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"):
+        return {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}, "warmup_steps": max(1, each // 2)}
+    return {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": rungs}, "warmup_steps": 0}
 
 
-def find_scale(trainer: PriorTrainerMixin, *, head_variance: bool = False) -> ScaleChoice:
+def find_scale(trainer: PriorTrainerMixin) -> ScaleChoice:
     """What `prior_scale="auto"` would choose for this trainer, without training; the trainer is left as it was.
+
+    The variance of the head prior is chosen too where the trainer has `prior_head_variance="auto"`.
 
         choice = find_scale(trainer)
         trainer.args.prior_scale = choice.scale
 
     Args:
         trainer: a `PriorTrainer` with a prior and a training set of known length, its weights not fitted to that set.
-        head_variance: choose the variance of the head prior too, as `prior_head_variance="auto"`.
 
     Raises:
         ValueError: no prior, no length, a sampler, a sharded model, or an optimizer that was given.
@@ -570,14 +572,11 @@ def find_scale(trainer: PriorTrainerMixin, *, head_variance: bool = False) -> Sc
     """
     if trainer.prior is None:
         raise ValueError("this trainer has no prior, and so no scale to choose.")
-    return walk(trainer, scale=None, auto_head=head_variance, train=trainer._train_as_it_is)
+    auto_head = trainer._asked_for("prior_head_variance")
+    return walk(trainer, scale=None, auto_head=auto_head, train=trainer._train_as_it_is)
 
 
-def _schedule(args: Any, rungs: int, each: int) -> dict[str, Any]:
-    """Where the training's learning rate falls, each rung's does too: the noise of large steps hides what is learned."""
-    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"):
-        return {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}, "warmup_steps": max(1, each // 2)}
-    return {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": rungs}, "warmup_steps": 0}
+# --------------------------------------------------------------------------------------------------------------- the grid
 
 
 def select_scale(

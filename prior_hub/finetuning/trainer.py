@@ -179,6 +179,8 @@ class PriorTrainerMixin(_TrainerBase):
             )
         if self.sampling is not None:
             self._refuse_what_falsifies_the_law(self.sampling)
+        if self._asked_for("prior_scale") or self._asked_for("prior_head_variance"):
+            refuse_impossible_search(self)
         penalty = self._bind()  # first: what is refused leaves the model as it came
         if self.model_init is None and self._starts_at_the_mean():
             reshard(self.model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
@@ -187,8 +189,6 @@ class PriorTrainerMixin(_TrainerBase):
         if penalty.adapters and self._prior_settings["prior_through_adapters"] is None and self._speaks():
             logger.warning_advice(f"Prior: {penalty.report_of_adapters()} (prior_through_adapters=False refuses that).")
         self.add_callback(_BindPrior(self))
-        if self._asked_for("prior_scale") or self._asked_for("prior_head_variance"):
-            refuse_impossible_search(self)
         if self.sampling is not None:
             self.add_callback(_TakeSamples(self))
 
@@ -417,7 +417,8 @@ class PriorTrainerMixin(_TrainerBase):
             if self.is_world_process_zero():
                 _write_or_warn(self.args.output_dir, self.prior_scale_choice)
                 if self._speaks():
-                    logger.warning_advice(f"prior_scale='auto': {self.prior_scale_choice.report()}")
+                    asked = "prior_scale" if auto else "prior_head_variance"
+                    logger.warning_advice(f"{asked}='auto': {self.prior_scale_choice.report()}")
         self._bind()  # which parameters are under the head prior is asked before training begins
 
     # --------------------------------------------------------------------------------------------------- the one seam
