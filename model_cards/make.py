@@ -3,7 +3,7 @@
 - the three priors of "Pre-Train Your Loss": names and shapes from torchvision's architectures, the covariance from the
   paper's convention, how to obtain and convert the files from recipes/NAME.md. Not converted here: no hashes, no figures.
 - cifar10-resnet20-prior: from its own prior_config.json (--prior, the folder that benchmarks/transfer/run.py made) or the one
-  that is beside its card already, with the figures of benchmarks/transfer/results/cifar_one_rate.csv.
+  that is beside its card already, with the figures of benchmarks/transfer/results/cifar.csv.
 
 A person's text around the rendered part stays. tests/test_model_cards.py fails if a card is not what this writes.
 """
@@ -24,13 +24,14 @@ from prior_hub.priors.matching import canonical_parameters, persistent_buffers
 from prior_hub.registry.card import render_card, update_card
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "benchmarks" / "transfer" / "results" / "cifar_one_rate.csv"  # the grid that ran with this prior
+RESULTS = HERE.parent / "benchmarks" / "transfer" / "results" / "cifar.csv"  # the grid that ran with this prior
 METHODS = {
     "frozen": "frozen features, fitted head",
     "plain": "plain fine-tuning, weight decay",
     "zero-mean": "zero-mean isotropic prior",
     "at the mean": "isotropic prior at this prior's mean",
     "low rank": "this prior",
+    "low rank, auto": 'this prior, prior_scale="auto"',
 }
 LEARNED = "cifar10-resnet20-prior"
 REPOSITORY = "https://github.com/hsouri/BayesianTransferLearning"
@@ -42,7 +43,7 @@ PAPERS = {
 }
 SCALE, EPS, ROWS = 1e10, 0.1, 5  # defaults of the paper's code: --prior_scale, --prior_eps, --number_of_samples_prior
 MARKS = (
-    "<!-- figures of benchmarks/transfer/results/cifar_one_rate.csv, by model_cards/make.py -->",
+    "<!-- figures of benchmarks/transfer/results/cifar.csv, by model_cards/make.py -->",
     "<!-- end of figures -->",
 )
 
@@ -95,7 +96,7 @@ def figures(results: Path = RESULTS) -> str:
     """Test accuracy, NLL and ECE of the transfer grid, for every n that is complete: means and spreads over seeds."""
     with results.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["stage"] == "final" and row["method"] in METHODS]
-    lines = ["| n | method | strength | accuracy | NLL (nats) | ECE |", "|---|---|---|---|---|---|"]
+    lines = ["| n | method | strength | learning rate | accuracy | NLL (nats) | ECE |", "|---|---|---|---|---|---|---|"]
     seeds = sorted({int(row["seed"]) for row in rows})
     for n in sorted({int(row["n"]) for row in rows}):
         by = {m: [r for r in rows if r["method"] == m and int(r["n"]) == n] for m in METHODS}
@@ -104,9 +105,13 @@ def figures(results: Path = RESULTS) -> str:
         best = min(by, key=lambda m: fmean(float(r["nll"]) for r in by[m]))
         for method, mine in by.items():
             accuracy, nll, ece = (_spread(float(r[key]) for r in mine) for key in ("accuracy", "nll", "ece"))
-            strength = "-" if method == "frozen" else f"{float(mine[0]['strength']):g}"
+            chosen = sorted({float(row["scale"] if method.endswith("auto") else row["strength"]) for row in mine})
+            rate = f"{float(mine[0]['learning_rate']):g}"
+            strength, rate = (
+                ("-", "-") if method == "frozen" else (", ".join(f"{float(f'{value:.2g}'):g}" for value in chosen), rate)
+            )
             shown = f"**{nll}**" if method == best else nll
-            lines.append(f"| {n} | {METHODS[method]} | {strength} | {accuracy} | {shown} | {ece} |")
+            lines.append(f"| {n} | {METHODS[method]} | {strength} | {rate} | {accuracy} | {shown} | {ece} |")
     machines = sorted({f"{row['machine']}, torch {row['torch']}" for row in rows})
     told = f"Seeds {', '.join(map(str, seeds))}; measured on {'; '.join(machines)}."
     return "\n\n".join([MARKS[0], "\n".join(lines), told, MARKS[1]])
@@ -130,7 +135,7 @@ def card(name: str, config: PriorConfig, existing: str | None) -> str:
     told = (
         "From CIFAR-10 to CIFAR-100's 20 superclasses with n images: mean ± sample standard deviation over seeds on 3,000\n"
         "test images; bold: the lowest NLL. Each method's setting was chosen on a fifth of the first seed's images\n"
-        "(benchmarks/transfer/README.md has the design, and what is wrong with this prior), the learning rate is one for all."
+        "(benchmarks/transfer/README.md has the design, the command, and what is wrong with this prior)."
     )
     return f"{result.rstrip()}\n\n## Measured\n\n{told}\n\n{figures()}\n"
 

@@ -1,5 +1,6 @@
 """Every published card is what its configuration renders to, around a person's own text; figures are those of their files."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -90,15 +91,15 @@ def test_the_figures_of_the_learned_prior_are_those_of_its_results(make):
     path = FOLDER / f"{make.LEARNED}.md"
     assert make.card(make.LEARNED, make.learned_config(None), path.read_text()) == path.read_text()
     assert (FOLDER / f"{make.LEARNED}.json").read_text() == make.learned_config(None).to_json()
-    rows = [line.split(",") for line in make.RESULTS.read_text().splitlines()]
-    nll = [float(r[7]) for r in rows if r[1:3] == ["final", "low rank"] and r[3] == "500"]
+    rows = csv.DictReader(make.RESULTS.read_text().splitlines())
+    nll = [float(r["nll"]) for r in rows if (r["stage"], r["method"], r["n"]) == ("final", "low rank", "500")]
     assert len(nll) >= 3
     assert f"{sum(nll) / len(nll):.3f}" in path.read_text()
 
 
 def test_figures_that_somebody_changed_by_hand_are_noticed(make):
     path = FOLDER / f"{make.LEARNED}.md"
-    number = re.search(r"\| this prior \| \S+ \| (0\.\d+)", path.read_text())[1]
+    number = re.search(r"\| this prior \| \S+ \| \S+ \| (0\.\d+)", path.read_text())[1]
     changed = path.read_text().replace(number, "0.999")
     assert make.card(make.LEARNED, make.learned_config(None), changed) == path.read_text()
 

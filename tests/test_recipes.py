@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prior_hub import PriorHubError, PriorModel, learn_prior
+from prior_hub import PriorHubError, PriorModel, SimCLR, learn_prior
 from prior_hub.cli import main
 from prior_hub.learning.recipes import ESTIMATORS
 
@@ -134,6 +134,19 @@ def test_images_without_labels_give_a_prior_over_the_backbone_by_its_own_names(p
     if target is not None:
         covered = set(prior.match(target).pairs.values())
         assert covered == {n for n, _ in target.named_parameters() if not n.startswith("classifier")}
+
+
+def test_images_are_compared_within_whole_batches_only(places, monkeypatch):
+    sizes = []
+    forward = SimCLR.forward
+
+    def spied(self, pixel_values, other_view=None, return_loss=True):
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, other_view, return_loss)
+
+    monkeypatch.setattr(SimCLR, "forward", spied)
+    learn_prior(places / "timm", places / "images", objective="simclr", **(QUICK | {"batch_size": 5, "steps": 9}))
+    assert sizes[:9] == [5] * 9  # 24 images: a last batch of 4 would have other negatives
 
 
 def test_what_cannot_be_learned_from_views_is_refused(places):
