@@ -477,7 +477,7 @@ def test_every_head_counts_auxiliary_distilled_and_behind_an_identity():
             )
 
     assert {n.split(".")[0] for n in head_parameter_names(Net())} == {"classifier", "aux_classifier"}
-    distilled = meta(lambda: timm.create_model("deit_tiny_distilled_patch16_224"))
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)  # not on "meta": timm 1.0.11 cannot
     assert {n.split(".")[0] for n in head_parameter_names(distilled)} == {"head", "head_dist"}
 
 
