@@ -81,7 +81,16 @@ def main(device, output):
         results[f"implicit step, {name}"] = error(theta, theta64)
         results[f"its value, {name}"] = abs(float(value) / float(value64) - 1)
 
+    there, exact, theta, theta64 = problem(device, rank=3, seed=2, scale=0.01)
+    short = {n: torch.rand(SHAPES[n], generator=g).to(B) for n in ("a", "d")}
+    there.proximal_step_(theta, {n: c.to(device) for n, c in short.items()})
+    exact.proximal_step_(theta64, {n: c.double() for n, c in short.items()})
+    results["implicit step, lengths in bfloat16"] = error(theta, theta64)
+
     there, exact, theta, theta64 = problem(device)
+    strided = dict(theta, a=torch.stack([theta["a"], theta["a"]], 1)[:, 0])
+    assert not strided["a"].is_contiguous()
+    results["a strided weight"] = error(there.penalty_and_gradient(strided)[1], exact.penalty_and_gradient(theta64)[1])
     half = there._with(contributions=dict.fromkeys(SHAPES, 0.5), sum_over_ranks=lambda t: t.mul_(2))
     results["two ranks that hold the same"] = abs(float(half.penalty(theta)) / float(exact.penalty(theta64)) - 1)
     before = there.penalty_and_gradient(theta)[1]

@@ -42,9 +42,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether all of these are of types that the kernels read: float32, bfloat16, float16."""
-    return all(tensor.dtype in _TYPES for tensor in tensors)
+def takes(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether the kernels can read all of these: float32, bfloat16 or float16 on that device."""
+    return all(tensor.dtype in _TYPES and tensor.device == device for tensor in tensors)
 
 
 class _Group(NamedTuple):
@@ -83,6 +83,7 @@ class Tables:
         self._sent: dict[tuple[str, tuple[str, ...]], tuple[list[int], Tensor]] = {}  # role, group -> addresses, table
         self._selected: dict[tuple[tuple[str, ...], tuple[int, ...]], Tensor] = {}  # group, tensors -> programs
         alike: dict[tuple[object, ...], list[str]] = {}
+        self._steps: dict[str, Tensor] = {}
         self.rank = 0
         self._device = torch.device("cpu")
         for name, (mean, variance, rows) in operands.items():
@@ -260,7 +261,8 @@ class Tables:
 
     def _step_tables(self, group: _Group, lengths: Mapping[str, float | Tensor]) -> tuple[Tensor, Tensor, bool]:
         """Addresses of step lengths that are tensors, those that are numbers, and whether there are any of the former."""
-        flat = {n: c for n, c in lengths.items() if isinstance(c, Tensor) and c.ndim}
+        flat = {n: c.to(torch.float32).contiguous() for n, c in lengths.items() if isinstance(c, Tensor) and c.ndim}
+        self._steps = flat  # else what was converted would be freed, and its memory taken, before the kernel reads it
         numbers = [lengths.get(name, 0.0) if name not in flat else 0.0 for name in group.names]
         if any(isinstance(number, Tensor) for number in numbers):  # 0-d, of a capturable optimizer: stays on the device
             steps = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self._device) for n in numbers])

@@ -60,6 +60,9 @@ def swag_weights(rank: int) -> tuple[float, float]:
 class LowRankGaussian:
     """N(mean, Sigma) over named tensors; immutable, shares the memory of the tensors it is given.
 
+    Values, gradients and step lengths may be on another device than the Gaussian, which then stays where it is: they are
+    copied block by block.
+
     Args:
         mean: name -> (*shape).
         variance: name -> (*shape), positive (zero is allowed where `eps` > 0).
@@ -324,7 +327,7 @@ class LowRankGaussian:
             name, dtype = block.name, self._work_type(flat[block.name], block.name)
             delta = self._offset(block, flat[name], scratch, dtype)
             diagonal = self._scaled_variance(block, scratch, dtype)
-            length = _block(step.get(name, 0.0), block.start, block.stop, dtype)
+            length = _block(step.get(name, 0.0), block.start, block.stop, dtype, device)
             whole = torch.add(diagonal, length, out=scratch.take("whole", delta.shape, dtype))
             expected = scratch.take("expected", delta.shape, dtype)
             if low_rank:
@@ -366,7 +369,7 @@ class LowRankGaussian:
 
         def denominator(block: Block, at: Mapping[str, float | Tensor], scratch: Scratch, dtype: torch.dtype) -> Tensor:
             """A + C of a block."""
-            length = _block(at.get(block.name, 0.0), block.start, block.stop, dtype)
+            length = _block(at.get(block.name, 0.0), block.start, block.stop, dtype, device)
             return self._scaled_variance(block, scratch, dtype).add_(length)
 
         def through(vector: Tensor) -> Tensor:
@@ -501,12 +504,16 @@ class LowRankGaussian:
         flat = {name: vectors[name].detach().reshape(-1) for name in self.names}
         types = {name: torch.promote_types(tensor.dtype, torch.float32) for name, tensor in flat.items()}
         work = self._elementwise(vectors)
-        product = {name: torch.empty(t.numel(), dtype=types[name], device=t.device) for name, t in flat.items()}
+        product = {name: torch.empty(t.numel(), dtype=types[name], device=device) for name, t in flat.items()}
 
         def vector(block: Block, scratch: Scratch) -> Tensor:
             values = flat[block.name][block.start : block.stop]
             dtype = types[block.name]
-            return values if values.dtype == dtype else scratch.take("vector", values.shape, dtype).copy_(values)
+            return (
+                values
+                if values.dtype == dtype and values.device == device
+                else scratch.take("vector", values.shape, dtype).copy_(values)
+            )
 
         def project(block: Block, scratch: Scratch, total: Tensor) -> None:
             rows = self._some_rows(block, scratch, types[block.name])
@@ -746,6 +753,7 @@ class LowRankGaussian:
     def _evaluate_in_full(
         self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], share: float | Tensor, device: torch.device
     ) -> Tensor:
+        share = share.to(device) if isinstance(share, Tensor) else share
         accumulator = _accumulator(device)
         low_rank = self._low_rank_scale()
         factor = self._cholesky()
@@ -884,7 +892,7 @@ class LowRankGaussian:
         """The kernels' view of this Gaussian, if they can do the work with what is given; see fused.py."""
         device = self._device()
         stored = [*self.mean.values(), *self.variance.values(), *self.deviations.values()]
-        if not is_available(device) or not takes([*stored, *given]):
+        if not is_available(device) or not takes([*stored, *given], device) or not all(t.is_contiguous() for t in given):
             return None
         if self._tables is None:
             operands = {}
@@ -904,7 +912,7 @@ class LowRankGaussian:
         mean = self._views[block][0]
         theta = flat[block.start : block.stop]
         out = scratch.take("offset", mean.shape, dtype)
-        if torch.promote_types(theta.dtype, mean.dtype) == dtype:
+        if torch.promote_types(theta.dtype, mean.dtype) == dtype and theta.device == mean.device:
             return torch.sub(theta, mean, out=out)
         return out.copy_(theta).sub_(mean)  # torch would subtract two bfloat16 tensors in bfloat16
 
@@ -969,10 +977,10 @@ class _PenaltyFunction(torch.autograd.Function):
 
 def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
     """out += factor * values, rounded to the type of `out` once; `values` may be overwritten."""
-    if out.dtype == values.dtype and not isinstance(factor, Tensor):
+    if out.dtype == values.dtype and out.device == values.device and not isinstance(factor, Tensor):
         out.add_(values, alpha=factor)
     else:
-        out += values.mul_(factor).to(out.dtype)
+        out += values.mul_(factor).to(out)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -984,11 +992,11 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return parts.sum(dtype=_accumulator(left.device)) + torch.dot(left[whole:], right[whole:])
 
 
-def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype) -> float | Tensor:
+def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """The part of a step length (a number, 0-d, or flat) that belongs to one block."""
     if not isinstance(length, Tensor):
         return length
-    return (length[start:stop] if length.ndim else length).to(dtype)
+    return (length[start:stop] if length.ndim else length).to(device=device, dtype=dtype)
 
 
 def _nearby(step: Mapping[str, float | Tensor]) -> tuple[Mapping[str, float | Tensor], tuple[tuple[str, float], ...] | None]:
