@@ -134,10 +134,11 @@ def write_prior(
         After any of them the folder is as it was: with the old prior, or not there.
     """
     folder = Path(folder)
+    keys = tuple(tensors)
     known: Mapping[str, Tensor] = tensors  # what there is already
     if not isinstance(tensors, dict):
-        known = {key: tensors[key] for key in (f"buffer.{name}" for name in config.buffers) if key in tensors}
-    layout = _declared(config, tensors, known)
+        known = {key: tensors[key] for key in keys if key.startswith("buffer.")}
+    layout = _declared(config, keys, known)
     config.to_json()  # refuses what JSON cannot hold before gigabytes are written
     shards = _plan_shards(layout, parse_size(max_shard_size))
     total = sum(spec.nbytes for spec in layout.values())
@@ -148,10 +149,10 @@ def write_prior(
         try:
             hashes = {}
             with progress(total, f"Writing {folder.name}") as advance:
-                for name, keys in shards.items():
+                for name, inside in shards.items():
                     hashes[name] = write_file(
                         staging / name,
-                        {key: layout[key] for key in keys},
+                        {key: layout[key] for key in inside},
                         lambda key: known[key] if key in known else tensors[key],
                         metadata=_METADATA,
                         finite=True,
@@ -160,7 +161,7 @@ def write_prior(
             if len(shards) > 1:
                 index = {
                     "metadata": {"total_size": total},
-                    "weight_map": {key: name for name, keys in shards.items() for key in keys},
+                    "weight_map": {key: name for name, inside in shards.items() for key in inside},
                 }
                 (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for name, text in (extra_files or {}).items():

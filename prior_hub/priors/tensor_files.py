@@ -116,6 +116,7 @@ def write_file(
     for key, spec in layout.items():
         if spec.dtype not in _CODES:
             raise PriorFormatError(f"{key} is of {spec.dtype}, which safetensors does not store: convert it.")
+    blocks = _Blocks()
     order = sorted(layout, key=lambda key: (_ORDER[layout[key].dtype], key))
     try:
         with path.open("wb") as file, _Digest() as digest:
@@ -130,7 +131,7 @@ def write_file(
                         f"{key} is {values.dtype} of shape {list(values.shape)}, declared as {spec.dtype} {list(spec.shape)}."
                     )
                 bad = 0
-                for block in _blocks(values.resolve_conj().resolve_neg()):
+                for block in blocks.of(values.resolve_conj().resolve_neg()):
                     digest.update(block)
                     file.write(block.data)
                     if finite and code in _EXPONENTS:
@@ -163,25 +164,40 @@ def _header(order: list[str], layout: Mapping[str, Spec], metadata: Mapping[str,
     return struct.pack("<Q", len(text)) + text
 
 
-def _blocks(tensor: Tensor) -> Iterator[_Bytes]:
-    """The bytes of a tensor, row-major; a block is copied if it is not contiguous in the memory of the CPU."""
-    size = tensor.numel() * tensor.element_size()
-    if not size:
-        return
-    if tensor.is_contiguous():
-        flat, step = tensor.reshape(-1), BLOCK // tensor.element_size()
-        for start in range(0, flat.numel(), step):
-            yield _little_endian(flat[start : start + step].cpu())
-    elif size <= BLOCK:
-        yield _little_endian(tensor.contiguous().reshape(-1).cpu())
-    else:
-        rows = max(1, BLOCK * len(tensor) // size)
-        for part in torch.split(tensor, rows):
-            yield from _blocks(part[0] if rows == 1 else part)
+class _Blocks:
+    """The bytes of tensors, row-major; what is not contiguous in the memory of the CPU is copied into two buffers in turn.
+
+    Buffers of our own: freshly allocated blocks of this size are not handed back by every allocator as fast as they come.
+    """
+
+    def __init__(self) -> None:
+        self._spare: list[Tensor] = []
+
+    def of(self, tensor: Tensor) -> Iterator[_Bytes]:
+        """Each block is overwritten when the next but one is made."""
+        size = tensor.numel() * tensor.element_size()
+        if not size:
+            return
+        if tensor.is_contiguous():
+            tensor = tensor.reshape(-1)
+        rows = max(1, BLOCK * len(tensor) // size) if tensor.ndim else 1
+        if size > BLOCK:
+            for part in torch.split(tensor, rows):
+                yield from self.of(part[0] if rows == 1 and tensor.ndim > 1 else part)
+        elif tensor.device.type == "cpu" and tensor.is_contiguous():
+            yield _little_endian(tensor)
+        else:
+            yield _little_endian(self._buffer(size).view(tensor.dtype).view(tensor.shape).copy_(tensor).view(-1))
+
+    def _buffer(self, size: int) -> Tensor:
+        if not self._spare:
+            self._spare = [torch.empty(BLOCK, dtype=torch.uint8) for _ in range(2)]
+        self._spare.reverse()
+        return self._spare[0][:size]
 
 
 def _little_endian(flat: Tensor) -> _Bytes:
-    data: _Bytes = flat.view(torch.uint8).numpy()
+    data: _Bytes = flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()  # one entry alone may have any stride
     if sys.byteorder == "little":
         return data
     width = flat.element_size() // (2 if flat.is_complex() else 1)
