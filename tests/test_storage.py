@@ -272,6 +272,29 @@ def test_tensors_of_any_strides_are_written_in_blocks_as_if_they_were_contiguous
     assert max(copied, default=0) <= block
 
 
+def test_a_block_is_hashed_before_its_buffer_is_filled_again(tmp_path, monkeypatch):
+    class Slow:
+        """SHA-256 that begins long after the caller has gone on."""
+
+        def __init__(self):
+            self.hash = hashlib.sha256()
+
+        def update(self, data):
+            time.sleep(0.005)
+            self.hash.update(data)
+
+        def hexdigest(self):
+            return self.hash.hexdigest()
+
+    tensor = torch.randn(100, 50).t()
+    expected = hashlib.sha256(safetensors_bytes({"t": tensor.contiguous()})).hexdigest()
+    monkeypatch.setattr(tensor_files, "BLOCK", 2048)
+    monkeypatch.setattr(tensor_files, "_THREADED_FROM", 1)
+    monkeypatch.setattr(tensor_files, "hashlib", SimpleNamespace(sha256=Slow))
+    assert tensor_files.write_file(tmp_path / "x", {"t": tensor_files.spec_of(tensor)}, lambda _: tensor) == expected
+    assert tensor_files.verify_file(tmp_path / "x", {"t": None}) == (expected, {})
+
+
 def test_conjugated_and_negated_views_are_written_with_their_values(tmp_path):
     tensor = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
     views = {"conj": tensor.conj(), "imag": tensor.conj().imag}
