@@ -89,16 +89,12 @@ class Made(Mapping[str, Tensor]):
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
-        self.table = torch.randn(TABLE, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(TABLE, generator=torch.Generator().manual_seed(0))
+        self.tables = {"mean": 0.02 * noise, "variance": 1e-6 * noise.square() + 1e-9, "deviations": (1e-3 * noise).bfloat16()}
 
     def __getitem__(self, key: str) -> Tensor:
         kind, name = key.split(".", 1)
-        shape = self.shapes[name]
-        table = {
-            "mean": 0.02 * self.table,
-            "variance": 1e-6 * self.table.square() + 1e-9,
-            "deviations": 1e-3 * self.table.bfloat16(),
-        }[kind]
+        shape, table = self.shapes[name], self.tables[kind]
         made = torch.empty((RANK, *shape) if kind == "deviations" else shape, dtype=table.dtype)
         flat = made.view(-1)
         for start in range(0, len(flat), TABLE):

@@ -139,7 +139,8 @@ def write_file(
                     advance(block.nbytes)
                 if bad:
                     raise not_finite(key, bad, values.numel())
-                del values
+                digest.wait()
+                values = block = None  # type: ignore[assignment]  # or the tensor would be there until the next one is made
             return digest.hexdigest()
     except OSError as error:
         if error.filename is not None or error.errno is None:
@@ -326,17 +327,17 @@ class _Digest:
         self._pool.shutdown()
 
     def update(self, block: _Bytes) -> None:
-        self._wait()
+        self.wait()
         if block.nbytes < _THREADED_FROM:
             self._hash.update(block.data)
         else:
             self._pending = self._pool.submit(self._hash.update, block.data)
 
     def hexdigest(self) -> str:
-        self._wait()
+        self.wait()
         return self._hash.hexdigest()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
