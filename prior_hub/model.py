@@ -20,12 +20,12 @@ from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchE
 from prior_hub.priors.adapters import adapter_remarks, refuse_other_adapter, refuse_other_scaling
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
-from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
+from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
 from prior_hub.priors.legacy import legacy_files, read_legacy
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
-from prior_hub.registry.hub import PushResult, download_legacy, download_prior, upload_prior
+from prior_hub.registry.hub import PushResult, download_legacy, download_prior, scratch_folder, upload_prior
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 
@@ -557,8 +557,6 @@ class PriorModel:
             if self.deviations:
                 tensors[f"deviations.{name}"] = self.deviations[name]
         tensors |= {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
-        for name, variance in self.variance.items():
-            check_finite(f"variance of {name!r}", variance)  # else it would be called too small below
         self.gaussian.check_positive()
         return write_prior(folder, self.config, tensors, max_shard_size=max_shard_size, extra_files={CARD_NAME: card})
 
@@ -578,6 +576,9 @@ class PriorModel:
     ) -> PushResult:
         """Push the prior and its card in one commit; creates the repository if it is missing.
 
+        The files are written to a temporary folder first: from 256 MB on in the Hub client's own folder (HF_HOME), since
+        the system's may lie in memory; TMPDIR says otherwise.
+
         Args:
             repo_id: "organisation/name", or "name" under your own account.
             revision: branch to push to, created if missing; "main" when None.
@@ -593,7 +594,9 @@ class PriorModel:
         Raises:
             PriorAccessError, PriorConnectionError, PriorNotFoundError, PriorHubError: see `upload_prior`.
         """
-        with tempfile.TemporaryDirectory(prefix="prior-hub-push-") as folder:
+        kinds = (self.mean, self.variance, self.deviations, self.buffers)
+        size = sum(tensor.numel() * tensor.element_size() for tensors in kinds for tensor in tensors.values())
+        with tempfile.TemporaryDirectory(prefix="prior-hub-push-", dir=scratch_folder(size)) as folder:
             card = render_card(self.config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
             self._write(Path(folder), card, max_shard_size)
             return upload_prior(
