@@ -52,13 +52,12 @@ def surely_finite(values: Sequence[Tensor]) -> bool:
     if elsewhere and not torch.isfinite(get_total_norm(elsewhere)):
         return False
     sums: list[Tensor] = []
-    block = _cpu_block()
+    wide = torch.float32 if all(v.dtype != torch.float64 for v in on_cpu) else torch.float64
 
     def work(thread: int, threads: int) -> None:
-        pieces = itertools.chain.from_iterable(_pieces(value, block) for value in on_cpu)
-        for piece in itertools.islice(pieces, thread, None, threads):
-            wide = torch.promote_types(piece.dtype, torch.float32)
-            sums.append(piece.sum(dtype=wide).double())
+        whole = iter([(value,) for value in on_cpu]) if threads == 1 else _shares(thread, threads, [on_cpu])
+        for (piece,) in whole:
+            sums.append(piece.sum(dtype=wide))
 
     _in_threads(work, sum(v.numel() for v in on_cpu))
     return not sums or bool(torch.isfinite(torch.stack(sums)).all())
@@ -66,7 +65,8 @@ def surely_finite(values: Sequence[Tensor]) -> bool:
 
 def count_not_finite(value: Tensor) -> int:
     """How many entries are NaN or infinite."""
-    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in _pieces(value, _block(value.device)))
+    pieces = _pieces(value, _block(value.device))
+    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in pieces)
 
 
 def add_snapshot(
@@ -96,27 +96,21 @@ def _add_in_blocks(
     values: Sequence[Tensor], mean: Sequence[Tensor], squares: Sequence[Tensor], rows: Sequence[Tensor] | None, count: int
 ) -> None:
     """On the CPU: every block passes through the cache once."""
-    block = _cpu_block()
 
     def work(thread: int, threads: int) -> None:
-        scratch, passed = mean[0].new_empty(0), 0
-        for i, value in enumerate(values):
-            pieces = _pieces(value, block)
-            sizes = [piece.numel() for piece in pieces]
-            row = mean[i] if rows is None else rows[i]  # a placeholder without a ring
-            together = zip(pieces, *(torch.split(t.view(-1), sizes) for t in (mean[i], squares[i], row)), strict=True)
-            for w, m, s, r in itertools.islice(together, (thread - passed) % threads, None, threads):
-                difference = r
-                if rows is None or r.dtype != m.dtype:
-                    if scratch.numel() < m.numel():
-                        scratch = m.new_empty(m.numel())
-                    difference = scratch[: m.numel()]
-                torch.sub(w.reshape(-1).to(m.device), m, out=difference)
-                if rows is not None and difference is not r:
-                    r.copy_(difference)
-                m.add_(difference, alpha=1 / count)
-                s.addcmul_(difference, difference, value=(count - 1) / count)
-            passed += len(pieces)
+        scratch = mean[0].new_empty(0)
+        for w, m, s, *ring in _shares(thread, threads, [values, mean, squares, *([] if rows is None else [rows])]):
+            if ring and ring[0].dtype == m.dtype:
+                difference = ring[0]
+            else:
+                if scratch.numel() < m.numel():
+                    scratch = m.new_empty(m.numel())
+                difference = scratch[: m.numel()].view(m.shape)
+            torch.sub(w if w.device == m.device else w.to(m.device), m, out=difference)
+            if ring and ring[0] is not difference:
+                ring[0].copy_(difference)
+            m.add_(difference, alpha=1 / count)
+            s.addcmul_(difference, difference, value=(count - 1) / count)
 
     _in_threads(work, sum(m.numel() for m in mean))
 
@@ -295,10 +289,36 @@ def _block(device: torch.device) -> int:
 
 
 def _pieces(value: Tensor, block: int) -> Sequence[Tensor]:
-    """Views of `value` in order, of about `block` entries: flat ones, or whole rows of one that is not contiguous."""
+    """Views of `value` in order, of about `block` entries: parts of a flat view, or rows of one that is not contiguous."""
+    if value.numel() <= block:
+        return (value,)
     if value.is_contiguous():
-        return torch.split(value.view(-1), block)
-    return torch.split(value, max(1, block // max(1, value[0].numel())))
+        return _cut(value.view(-1), block)
+    return _cut(value, max(1, block // value[0].numel()))
+
+
+def _cut(tensor: Tensor, rows: int) -> Sequence[Tensor]:
+    whole, rest = divmod(len(tensor), rows)
+    parts: Sequence[Tensor] = tensor.split_with_sizes([rows] * whole + [rest] * (rest > 0))  # `split` is slow Python
+    return parts
+
+
+def _shares(thread: int, threads: int, columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """Every threads-th block of tensors of one shape, over all of them; the first column's layout says how they are cut."""
+    block, passed = _cpu_block(), 0
+    for tensors in zip(*columns, strict=True):
+        first = tensors[0]
+        if first.numel() <= block:
+            blocks: Iterator[tuple[Tensor, ...]] = iter((tensors,))
+            number = 1
+        else:
+            pieces = _pieces(first, block)
+            number = len(pieces)
+            flat = first.is_contiguous()
+            rest = (_cut(t.view(-1) if flat else t, len(pieces[0])) for t in tensors[1:])
+            blocks = zip(pieces, *rest, strict=True)
+        yield from itertools.islice(blocks, (thread - passed) % threads, None, threads)
+        passed += number
 
 
 def _in_threads(work: Callable[[int, int], None], entries: int) -> None:
