@@ -75,12 +75,12 @@ def shard_like(full: Tensor, reference: Tensor, *, leading: int = 0) -> Tensor:
 
 
 def shard_slices(reference: Tensor) -> tuple[slice | Tensor, ...]:
-    """Which part of a full tensor this rank holds of `reference`: one slice for each dimension; of a plain tensor all.
+    """Which part of a full tensor this rank holds of `reference`: a slice for each dimension; () of a plain tensor, never cut.
 
     Where tensor parallelism and FSDP2 share a dimension unevenly, a part may have holes: then indices stand for the slice.
     """
     if not is_sharded(reference):
-        return tuple(slice(0, size) for size in reference.shape)
+        return ()
     from torch.distributed.tensor import distribute_tensor
     from torch.distributed.tensor.placement_types import Replicate
 
@@ -107,19 +107,19 @@ def shard_slices(reference: Tensor) -> tuple[slice | Tensor, ...]:
 def cut(
     full: Tensor, slices: Sequence[slice | Tensor], *, leading: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """The part of `full` (*leading_shape, *shape) that `slices` name, copied to `device`; `full` itself if it is all of it.
+    """The part of `full` (*leading_shape, *shape) that `slices` name, copied to `device`; without slices `full`, moved there.
 
     The copy has memory of its own, of its own size: of a memory-mapped tensor no page outside the part is touched, and none
     stays in use.
     """
+    device = full.device if device is None else torch.device(device)
+    if not slices:
+        return full.to(device)
     part = full
     for dimension, own in enumerate(slices, start=leading):
         part = (
             part.narrow(dimension, own.start, own.stop - own.start) if isinstance(own, slice) else _picked(part, dimension, own)
         )
-    device = full.device if device is None else torch.device(device)
-    if part.shape == full.shape and device == full.device:
-        return full
     return torch.empty(part.shape, dtype=full.dtype, device=device).copy_(part)
 
 
