@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, random_prior
 from safetensors.torch import load_file
+from worker_sharding import TRAININGS
 from worker_training import CLIP, IMPLICIT, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
 
 from prior_hub import PriorModel, PriorTrainer
-from prior_hub.distributed import contribution, copy_full_, is_sharded, local_tensor, shard_like, sum_over_ranks
+from prior_hub.distributed import contribution, copy_full_, cut, is_sharded, local_tensor, shard_like, sum_over_ranks
 
 torch.set_num_threads(1)
 
@@ -320,11 +322,17 @@ def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):
 
 
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory) -> list[dict[str, dict]]:
-    """layout -> what `worker_sharding.check` found, per rank."""
+def sharding(tmp_path_factory) -> Path:
+    """Where `worker_sharding` has run."""
     path = tmp_path_factory.mktemp("sharding")
     start("worker_sharding.py", str(path), processes=None)
-    return [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    return path
+
+
+@pytest.fixture(scope="module")
+def layouts(sharding) -> list[dict[str, dict]]:
+    """layout -> what `worker_sharding.check` found, per rank."""
+    return [json.loads((sharding / f"rank-{rank}.json").read_text()) for rank in range(4)]
 
 
 LAYOUTS = ("FSDP2", "hybrid", "FSDP2 and tensor parallelism", "one layer only")
@@ -351,6 +359,116 @@ def test_the_layouts_are_those_that_need_a_test(layouts):
     seen = {layout: " ".join(layouts[0][layout]["placements"]) for layout in LAYOUTS}
     assert "Replicate(), Shard" in seen["hybrid"]
     assert "_StridedShard" in seen["FSDP2 and tensor parallelism"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trainings_of_four_processes_are_those_of_one_and_so_is_what_swag_learns(layouts, layout):
+    """By the prior's gradient, its implicit step, and a sampler at temperature 0; up to 20 steps, equal data on each rank."""
+    for found in layouts:
+        training = found[layout]["training"]
+        assert set(training["weights"]) == {update for update, _ in TRAININGS[layout]}
+        for update, difference in training["weights"].items():
+            assert training["moved"][update] > 0.05
+            assert difference < 1e-6, update
+            assert training["spread"][update] > 1e-5  # the snapshots differ by far more than the bound
+            assert training["swag"][update] < 1e-6, update
+
+
+def same_folder(folder: Path, other: Path) -> None:
+    ours, theirs = PriorModel.from_pretrained(folder), PriorModel.from_pretrained(other)
+    assert replace(ours.config, weight_files={}) == replace(theirs.config, weight_files={})
+    assert (folder / "README.md").read_text() == (other / "README.md").read_text()
+    for kind in ("mean", "variance", "deviations", "buffers"):
+        left, right = getattr(ours, kind), getattr(theirs, kind)
+        assert list(left) == list(right)
+        for name, tensor in left.items():
+            assert torch.equal(tensor, right[name]), f"{kind} of {name}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["whole", "in two files"])
+def test_a_sharded_prior_is_written_as_it_is_gathered_without_any_rank_holding_it(sharding, layouts, layout, name):
+    same_folder(sharding / layout / name, sharding / layout / f"{name}, gathered")
+    for found in layouts:
+        assert found[layout]["training"][f"{name}: gathered"] <= found[layout]["training"]["largest"]  # values at a time
+    files = PriorModel.from_pretrained(sharding / layout / name).config.weight_files
+    assert len(files) > 1 if name == "in two files" else len(files) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sharded_prior_is_compressed_before_it_is_written(sharding, layouts, layout):
+    """Directions may differ in sign and rounding from those of the gathered prior; the covariance may not."""
+    place = sharding / layout
+    ours, theirs = (PriorModel.from_pretrained(place / name) for name in ("compressed", "compressed, gathered"))
+    assert 1 <= ours.rank == theirs.rank < 3
+    assert ours.config.estimator["spectrum"] == pytest.approx(theirs.config.estimator["spectrum"], rel=1e-3, abs=1e-12)
+    ours, theirs = dense_covariance(ours), dense_covariance(theirs)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    assert all(found[layout]["training"]["compressed: gathered"] <= found[layout]["training"]["largest"] for found in layouts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_rank_0_cannot_write_every_rank_raises(layouts, layout):
+    first, *others = (found[layout]["training"]["refused"] for found in layouts)
+    assert first.startswith("NotADirectoryError")
+    assert all("rank 0 could not go on" in said and "Not a directory" in said for said in others)
+
+
+def test_a_rank_holds_the_bytes_of_its_share_of_the_prior(layouts):
+    """Whole storages: no view keeps the mapped file or a full tensor alive. Mean, variance and 5 deviations in float32."""
+    for found in layouts:
+        all_bytes = found["loading"]["values"] * (2 + 5) * 4
+        assert found["loading"]["bytes"]["two shards"] == pytest.approx(all_bytes / 2, rel=0.05)
+        assert found["loading"]["bytes"]["four shards"] == pytest.approx(all_bytes / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("head", ["None", "0.5"])
+def test_a_step_sums_k_numbers_and_one_over_the_ranks_and_no_more(layouts, head):
+    for found in layouts:
+        assert found["loading"][f"sent with head variance {head}"] == [5, 1]
+
+
+def test_if_one_rank_cannot_load_the_prior_every_rank_raises(layouts):
+    first, *others = (found["loading"] for found in layouts)
+    assert first["damaged"].startswith("PriorFormatError: ")
+    assert "is not the file this prior was saved with" in first["damaged"]
+    for found in others:
+        assert found["damaged"].startswith("PriorFormatError: rank 0 could not go on")  # the same kind of error
+        assert "is not the file this prior was saved with" in found["damaged"]
+    assert [found["loading"]["not verified"] for found in layouts] == [""] * 4
+    alone = [found["loading"]["rank 2 alone"] for found in layouts]
+    assert alone[2] == "ZeroDivisionError: of rank 2"
+    assert all(alone[rank].startswith("PriorHubError: rank 2 could not go on") for rank in (0, 1, 3))
+    assert [found["loading"]["agreed"] for found in layouts] == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells which pages of a file are in use")
+def test_of_a_mapped_prior_only_the_pages_of_the_part_that_is_cut_are_read(tmp_path):
+    """A quarter of the rows of one 8 MB tensor and its 2 deviations: 6 MB where reading them whole would be 24."""
+    name, size = "w", (2048, 1024)
+    rows = {name: torch.zeros(2, *size)}
+    PriorModel.from_tensors({name: torch.zeros(size)}, {name: torch.ones(size)}, rows).save_pretrained(tmp_path)
+    prior = PriorModel.from_pretrained(tmp_path, verify=False)
+    assert resident(tmp_path) < 1 << 20
+    anonymous = resident(None)
+    parts = [cut(prior.mean[name], (slice(512, 1024), slice(0, 1024)))]
+    parts += [cut(prior.deviations[name], (slice(512, 1024), slice(0, 1024)), leading=1)]
+    wanted = sum(part.numel() * 4 for part in parts)
+    assert wanted == sum(part.untyped_storage().nbytes() for part in parts) == 6 << 20
+    assert wanted <= resident(tmp_path) <= wanted + 3 * (4 << 20)  # and up to 2 MB before and after what is touched
+    assert resident(None) - anonymous < wanted + (1 << 20)
+
+
+def resident(folder: Path | None) -> int:
+    """Bytes in this process's memory of files in `folder`; of no file (None)."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            counts = folder is not None and str(folder) in line
+        elif (words[0] == "Rss:" and counts) or (words[0] == "Anonymous:" and folder is None):
+            total += int(words[1]) * 1024
+    return total
 
 
 def test_on_one_process_tensors_are_whole_and_count_once():
