@@ -16,7 +16,7 @@ import torch
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, random_prior
 from safetensors.torch import load_file
 from worker_sharding import TRAININGS
-from worker_training import CLIP, IMPLICIT, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
+from worker_training import CLIP, IMPLICIT, LONG, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
 
 from prior_hub import PriorModel, PriorTrainer
 from prior_hub.distributed import contribution, copy_full_, cut, is_sharded, local_tensor, shard_like, sum_over_ranks
@@ -316,6 +316,46 @@ def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):
         for message in facts["version 1"]["said"]:
             assert "FSDP version 1" in message
             assert "Use FSDP2" in message
+
+
+@fsdp2
+def test_twenty_sharded_steps_and_the_prior_learned_on_the_way_are_those_of_one_process_to_a_millionth(ranks, one_process):
+    """Every weight, mean, deviation and standard deviation, in the weights' own unit; none of them is above 2."""
+    (_, tensors), (_, other) = ranks
+    single = one_process("fsdp long")
+    assert len([entry for entry in single["facts"]["history"] if entry.get("step") == LONG]) > 0
+    for kind in ("weight", "mean", "deviations", "variance"):
+        ours, theirs = group(tensors, "fsdp long", kind), kind_of(single["tensors"], kind)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, group(other, "fsdp long", kind)[key])
+            pair = (tensor.sqrt(), theirs[key].sqrt()) if kind == "variance" else (tensor, theirs[key])
+            assert float((pair[0] - pair[1]).abs().max()) < 1e-6, f"{kind} of {key}"
+    final, start = group(tensors, "fsdp long", "weight"), group(tensors, "fsdp long", "start")
+    assert (flat(final, final) - flat(start, final)).abs().max() > 0.01
+    assert flat(group(tensors, "fsdp long", "deviations"), group(tensors, "fsdp long", "deviations")).abs().max() > 1e-3
+
+
+@fsdp2
+def test_each_of_two_ranks_holds_half_of_the_prior(ranks, folder):
+    prior = PriorModel.from_pretrained(folder / "prior" / "long")
+    everything = sum(
+        t.numel() * t.element_size() for k in ("mean", "variance", "deviations") for t in getattr(prior, k).values()
+    )
+    held = [facts["fsdp long"]["bytes"] for facts, _ in ranks]
+    assert sum(held) == everything
+    assert held == pytest.approx([everything / 2, everything / 2], rel=0.05)
+
+
+@fsdp2
+def test_swag_callback_writes_the_prior_of_a_sharded_model(ranks, folder):
+    written = PriorModel.from_pretrained(folder / "written")
+    for kind in ("mean", "variance", "deviations"):
+        gathered = group(ranks[0][1], "fsdp long", kind)
+        assert gathered.keys() == getattr(written, kind).keys()
+        assert all(torch.equal(tensor, gathered[name]) for name, tensor in getattr(written, kind).items())
+    assert written.config.estimator["every_n_steps"] == 1
+    assert written.config.source["dataset"] == "synthetic"
 
 
 # ------------------------------------------------------------------------------------------------------ shards of all kinds
