@@ -232,8 +232,8 @@ class PriorModel:
         revision = told_by_rank_0(None if found is None else found.commit_hash) or revision
         for leading in (True, False):
             mine = rank != 0 and leads is leading
-            settings = {"revision": revision, "verify": verify} if leading else {"revision": revision, "verify": False}
-            loaded = agreed(partial(load, **settings) if mine else None)
+            again = {} if leading else {"verify": False, "force_download": False}  # the files are there, and right
+            loaded = agreed(partial(load, **{"revision": revision, "verify": verify} | again) if mine else None)
             found = loaded if mine else found
         assert found is not None  # noqa: S101
         return found
@@ -684,7 +684,7 @@ class _Made(Mapping[str, Tensor]):
     """Tensors that are made each time they are asked for, and some that are there."""
 
     def __init__(self, keys: Sequence[str], make: Callable[[str], Tensor], there: Mapping[str, Tensor]) -> None:
-        self._keys, self._make, self._there = keys, make, there
+        self._keys, self._make, self._there = dict.fromkeys(keys), make, there
 
     def __getitem__(self, key: str) -> Tensor:
         return self._there[key] if key in self._there else self._make(key)

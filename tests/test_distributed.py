@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, random_prior
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from worker_sharding import TRAININGS
 from worker_training import CLIP, IMPLICIT, LONG, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
 
 from prior_hub import PriorModel, PriorTrainer
-from prior_hub.distributed import contribution, copy_full_, cut, is_sharded, local_tensor, shard_like, sum_over_ranks
+from prior_hub.distributed import (
+    contribution,
+    copy_full_,
+    cut,
+    is_sharded,
+    local_tensor,
+    shard_like,
+    shard_slices,
+    sum_over_ranks,
+)
 
 torch.set_num_threads(1)
 
@@ -480,6 +496,67 @@ def test_if_one_rank_cannot_load_the_prior_every_rank_raises(layouts):
     assert alone[2] == "ZeroDivisionError: of rank 2"
     assert all(alone[rank].startswith("PriorHubError: rank 2 could not go on") for rank in (0, 1, 3))
     assert [found["loading"]["agreed"] for found in layouts] == [0, 1, 2, 3]
+
+
+@contextmanager
+def pretended(rank: int, world: int):
+    """This process as one of several that are not there: for what takes no communication."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements"),
+    [
+        ((5,), [Shard(0)]),
+        ((5,), [Shard(-1)]),
+        ((2, 3), [Shard(1), Shard(0)]),
+        ((2, 3), [Replicate(), Shard(1)]),
+        ((2, 3), [Shard(0), Shard(0)]),
+        ((2, 3), [_StridedShard(0, split_factor=3), Shard(0)]),
+        ((3, 2), [_StridedShard(2, split_factor=2), Shard(2)]),
+        ((2, 3), [_StridedShard(0, split_factor=4), Shard(0)]),
+    ],
+    ids=str,
+)
+def test_a_part_that_is_cut_is_the_part_that_torch_would_give(mesh, placements):
+    """Sizes that no mesh divides: shards of several lengths, none at all, and with holes."""
+    full = torch.arange(2.0 * 7 * 4 * 11).view(2, 7, 4, 11)
+    held, holes = torch.zeros(full[0].shape), False
+    for rank in range(math.prod(mesh)):
+        with pretended(rank, math.prod(mesh)):
+            where = init_device_mesh("cpu", mesh)
+            reference = distribute_tensor(full[0].clone(), where, placements, src_data_rank=None)
+            part = shard_like(full, reference, leading=1)
+            slices = shard_slices(reference)
+            assert torch.equal(part, torch.stack([reference.to_local(), full[1][full[1] >= 0].view(7, 4, 11)[_picked(slices)]]))
+            assert part.untyped_storage().nbytes() == part.numel() * 4
+            held[_picked(slices)] += contribution(reference)
+            holes |= any(isinstance(own, torch.Tensor) for own in slices)
+    assert torch.allclose(held, torch.ones(()))  # every entry once
+    assert holes == (isinstance(placements[0], _StridedShard) and placements[0].split_factor == 4)
+
+
+def _picked(slices) -> tuple[torch.Tensor, ...]:
+    index = [torch.arange(own.start, own.stop) if isinstance(own, slice) else own for own in slices]
+    return torch.meshgrid(*index, indexing="ij")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_to_an_accelerator_nothing_but_the_share_is_moved():
+    full = torch.zeros(5, 4096, 256)
+    with pretended(1, 4):
+        mesh = init_device_mesh("cuda", (4,))
+        reference = distribute_tensor(torch.zeros(4096, 256), mesh, [Shard(0)], src_data_rank=None)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        part = shard_like(full, reference, leading=1)
+        assert part.device == reference.to_local().device
+        assert torch.cuda.max_memory_allocated() - before < 1.1 * full.numel() * 4 / 4  # and some indices
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells which pages of a file are in use")

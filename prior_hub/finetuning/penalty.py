@@ -441,8 +441,11 @@ class PriorPenalty:
         squares /= self.head_variance or 1.0
         if self._sum is not None:
             self._sum.rider = squares  # the Gaussian's own sum of squares takes it along
-            value = evaluate()
-            if self._sum.has_delivered():
+            try:
+                value = evaluate()
+            finally:
+                delivered = self._sum.has_delivered()
+            if delivered:
                 return value
         else:
             value = evaluate()
