@@ -19,6 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -502,7 +503,7 @@ class SwagEstimator:
         if explained is not None:
             prior = prior.compressed(explained)
             prior = prior if deviations_dtype is None else prior.astype(deviations=deviations_dtype)
-            return prior, lambda kind, own, rows: getattr(prior.gaussian, kind)[own][rows]
+            return prior, partial(_rows_of, prior.gaussian)
         names = {own_name(name): name for name in self._mean}
 
         def part(kind: str, own: str, rows: slice) -> Tensor:
@@ -566,6 +567,11 @@ class SwagEstimator:
         stride = torch.empty(full_shape, device="meta").stride()
         sharded = DTensor.from_local(local.to(mesh.device_type), mesh, moved, run_check=False, shape=full_shape, stride=stride)
         return sharded.full_tensor().cpu()
+
+
+def _rows_of(gaussian: LowRankGaussian, kind: str, name: str, rows: slice) -> Tensor:
+    tensor: Tensor = getattr(gaussian, kind)[name]
+    return tensor[rows] if kind == "deviations" else tensor
 
 
 def _digests(model: nn.Module, *, trainable: bool = False) -> dict[str, str]:
