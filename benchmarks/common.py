@@ -47,12 +47,15 @@ PACKAGES = ("prior-hub", "torch", "transformers", "accelerate", "safetensors", "
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def parser(doc: str | None, *, repeats: int = 7) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has; `doc` is shown by --help as it stands."""
+def parser(doc: str | None, *, repeats: int = 7, devices: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has (`devices`: and --device); `doc` is shown by --help as it stands."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="small sizes, a few seconds: shows that it runs, no figures to keep")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     made.add_argument("--threads", type=int, help="threads of torch (default: as many as torch takes here)")
+    if devices:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        made.add_argument("--device", choices=("cpu", "cuda"), default=best, help="default: %(default)s")
     made.add_argument("--repeats", type=int, default=repeats, help="medians are of so many (default: %(default)s)")
     return made
 
@@ -74,9 +77,12 @@ def options(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 # -------------------------------------------------------------------------------------------------------------- machine
 
 
-def machine() -> dict[str, Any]:
-    """Kind (a folder's name), CPU, cores, threads, memory, GPU, versions, UTC date."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def machine(device: str | None = None) -> dict[str, Any]:
+    """Kind (a folder's name), CPU, cores, threads, memory, GPU, versions, UTC date.
+
+    Without a `device` the kind is the GPU's if there is one; what ran on "cpu" beside a GPU is of the CPU's kind.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None
     cpu, cores = _cpu(), os.cpu_count() or 1
     kind = gpu or f"{cpu} {cores} cores"
     return {
@@ -307,6 +313,7 @@ def finish(
     *,
     claims: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
+    device: str | None = None,
 ) -> None:
     """Print the machine, the table, notes and claims; write them as JSON if a path is given.
 
@@ -317,8 +324,9 @@ def finish(
         json_path: where to write, or None.
         claims: each acceptance beside its figure, see the module's head.
         notes: what a reader must know to read the table: what was counted, what was left out and why.
+        device: "cpu" or "cuda" for a benchmark that can run on both.
     """
-    here = machine()
+    here = machine(device)
     found = {
         "benchmark": name,
         "claim": claim,
