@@ -40,7 +40,7 @@ def main() -> None:
     most = 1.5 if given.device == "cpu" else 1.3
     claims = [
         {
-            "claim": f"{row['model']}, K = {row['K']}, {row['deviations']} deviations: within {most} times of the bandwidth limit",
+            "claim": f"{row['model']}, K = {row['K']}, {row['deviations']} deviations: within {most} times of the limit",
             "measured": f"{number(row['step / limit'])} times",
             "met": row["step / limit"] <= most,
         }

@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py --threads 2
 
-P is varied in tensors of 2^18 values at K = 5, K at P = 2^22. Fitted by least squares to the medians:
+P is varied in tensors of 2^18 values at K = 5, K at P = 2^22 (GPU: 2^26). Fitted by least squares to the medians:
 
     seconds = intercept + slope P         and the exponent e of seconds = c P^e, in logarithms, with its standard error
     seconds = intercept + slope K         at K = 0 the diagonal alone is left, so that the exponent in K is below 1 by nature
@@ -26,9 +26,9 @@ CLAIM = "the time of a step grows linearly in P and in K"
 def main() -> None:
     """Print and write the tables."""
     given = options(parser(__doc__, devices=True, repeats=9))
-    first = 4 if given.device == "cpu" else 6  # on a GPU smaller sizes are all start-up
-    sizes = [TILE << i for i in (range(3) if given.quick else range(first, first + 6))]
-    ranks, fixed = ([2, 4, 6], TILE) if given.quick else ([2, 5, 10, 20, 40], TILE << (first if given.device == "cpu" else 8))
+    powers = range(3) if given.quick else range(3, 8) if given.device == "cpu" else range(6, 12)  # smaller: all start-up
+    sizes = [TILE << i for i in powers]
+    ranks, fixed = ([2, 4, 6], TILE) if given.quick else ([2, 5, 10, 20, 40], TILE << (4 if given.device == "cpu" else 8))
     steps = {size: our_step(problem(tiles(size), 5, device=given.device)) for size in sizes}
     over_p = median_times(steps, given.repeats, at_least=0.02)
     del steps

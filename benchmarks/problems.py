@@ -117,13 +117,13 @@ def problem(
     return made
 
 
-def prior_of(model: nn.Module, rank: int, dtype: torch.dtype, *, variance: float = 1e-2, seed: int = 0) -> PriorModel:
-    """A prior over the body of a model, with its weights as the mean."""
-    outside = head_parameter_names(model, "auto")
+def prior_of(model: nn.Module, rank: int, dtype: torch.dtype, *, head: Any = "auto", variance: float = 1e-2) -> PriorModel:
+    """A prior over the body of a model, with its weights as the mean; `head` as in `head_parameter_names`."""
+    outside = head_parameter_names(model, head)
     body = {n: p.detach().clone() for n, p in canonical_parameters(model).items() if n not in outside}
     shapes = {n: tuple(p.shape) for n, p in body.items()}
     device = str(next(iter(body.values())).device)
-    made = problem(shapes, rank, device=device, variance=variance, deviation=variance, seed=seed)
+    made = problem(shapes, rank, device=device, variance=variance, deviation=variance)
     rows = {n: made.rows.pop(n).to(dtype) for n in shapes}
     return PriorModel.from_tensors(body, made.split(made.diagonal), rows, head_parameters=tuple(outside))
 
@@ -163,8 +163,3 @@ def gradient_errors(of: Problem, found: Exact, gradients: Mapping[str, Tensor], 
         for name, gradient in gradients.items():
             away[name] += float((gradient[part].double() - right).square().sum())
     return {name: math.sqrt(value / norm) for name, value in away.items()}
-
-
-def described(shapes: Shapes) -> dict[str, Any]:
-    """Columns of a table."""
-    return {"P": count(shapes), "tensors": len(shapes)}
