@@ -1,14 +1,12 @@
 """What a step of the penalty may cost, counted and not timed: bytes that are read, temporaries, operations.
 
-A dispatch mode sees every operation of torch in this thread. What was there before the step and is too large for a cache
-(the prior, the weights, the gradients, however they are stored) is memory; what is read of it is what a step costs.
+A dispatch mode sees every operation of torch in this thread (so torch has one here). What was there before the step and is
+large (the prior, the weights, the gradients, however they are stored) is memory; what is read of it is what a step costs.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,19 @@ from torch.utils._pytree import tree_leaves
 
 from prior_hub import LowRankGaussian, PriorPenalty
 
-CACHE = 2 << 20  # bytes: what a temporary may have, and less than any vector of P below
-RANK, SHAPES = 6, {"large.weight": (1024, 1024), "small.bias": (7,)}
+LARGE = 2 << 20  # bytes from which a tensor counts as memory: every vector of P below does, and no block
+TEMPORARY = 10 << 20  # bytes that a temporary may have: a block of the deviations in float32, whatever P
+RANK, SHAPES = 20, {"large.weight": (1024, 1024), "small.bias": (7,)}  # 84 MB of deviations
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+MOST_OPERATIONS = 40  # of one small tensor in one step
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Traffic(TorchDispatchMode):
@@ -32,7 +40,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
-        self.read = 0  # bytes, of storages that were there before and are larger than CACHE
+        self.read = 0  # bytes, of storages that were there before and are LARGE
         self.written = 0  # the same
         self.largest = 0  # bytes of the largest storage that was made
         self.fresh: set[int] = set()
@@ -53,7 +61,7 @@ class Traffic(TorchDispatchMode):
         self.operations += 1
         outputs = _outputs(func, args, kwargs or {})
         for tensor in given:
-            if _place(tensor) in self.fresh or tensor.untyped_storage().nbytes() <= CACHE:
+            if _place(tensor) in self.fresh or tensor.untyped_storage().nbytes() < LARGE:
                 continue
             is_output = any(tensor is output for output in outputs)
             if not (is_output and (func._overloadname == "out" or func._schema.name in OVERWRITES)):
@@ -90,8 +98,8 @@ def problem(
 
 
 def nbytes(tensors: dict[str, Tensor]) -> int:
-    """Of tensors that do not fit into CACHE."""
-    return sum(size for t in tensors.values() if (size := t.numel() * t.itemsize) > CACHE)
+    """Of large tensors."""
+    return sum(size for t in tensors.values() if (size := t.numel() * t.itemsize) >= LARGE)
 
 
 def once(gaussian: LowRankGaussian, theta: dict[str, Tensor]) -> int:
@@ -126,23 +134,24 @@ def test_the_penalty_alone_reads_no_more_than_a_step(dtype):
         gaussian.penalty(theta)
     assert traffic.read <= 2.01 * once(gaussian, theta)
     assert traffic.written == 0
-    assert traffic.largest <= CACHE
+    assert traffic.largest <= TEMPORARY
 
 
 @TYPES
-def test_no_temporary_is_larger_than_a_cache(dtype):
+def test_no_temporary_is_larger_than_a_block(dtype):
     gaussian, theta, gradient = problem(dtype)
     with Traffic() as traffic:  # the factor too
         gaussian.add_gradient_(theta, gradient, 1.0)
         gaussian.add_gradient_(theta, gradient, torch.tensor(0.5))
-    assert traffic.largest <= CACHE < nbytes(theta)
+    assert traffic.largest <= TEMPORARY
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @TYPES
-def test_a_step_adds_less_to_the_process_s_memory_than_one_vector_of_weights(dtype):
+def test_a_step_adds_to_the_process_s_memory_a_small_part_of_the_deviations(dtype):
     # whoever allocates, in whatever thread: the kernel's own high-water mark
-    gaussian, theta, gradient = problem(dtype, {"w": (2048, 2048)}, 8)  # rows of 134 MB, weights of 17
+    torch.set_num_threads(2)
+    gaussian, theta, gradient = problem(dtype, {"w": (2048, 2048)}, 12)  # 200 MB of rows, or 100
     gaussian.add_gradient_(theta, gradient, 1.0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -150,7 +159,7 @@ def test_a_step_adds_less_to_the_process_s_memory_than_one_vector_of_weights(dty
         pytest.skip("this kernel does not set VmHWM back")
     before = resident("VmRSS")
     gaussian.add_gradient_(theta, gradient, 1.0)
-    assert resident("VmHWM") - before < nbytes(theta) / 2
+    assert resident("VmHWM") - before < 4 * TEMPORARY
 
 
 @TYPES
@@ -165,20 +174,6 @@ def test_a_prior_of_many_small_tensors_costs_few_operations_for_each(dtype):
     assert (operations(60) - operations(20)) / 40 <= MOST_OPERATIONS
 
 
-MOST_OPERATIONS = 40  # of one tensor in one step
-
-
-def test_the_cost_in_operations_does_not_depend_on_k():
-    def operations(rank: int) -> int:
-        gaussian, theta, gradient = problem(torch.float32, SHAPES, rank)
-        gaussian.add_gradient_(theta, gradient, 1.0)
-        with Traffic() as traffic:
-            gaussian.add_gradient_(theta, gradient, 1.0)
-        return traffic.operations
-
-    assert operations(12) <= 2 * operations(2)
-
-
 def test_a_step_of_prior_penalty_costs_what_the_gaussian_s_does():
     model = tiny_bert(vocab_size=2048, hidden_size=512, intermediate_size=8)
     penalty = PriorPenalty(random_prior(model, rank=3), model, num_examples=10)
@@ -189,7 +184,7 @@ def test_a_step_of_prior_penalty_costs_what_the_gaussian_s_does():
     covered = {name: theta[name] for name in penalty.gaussian.names}
     passes = (traffic.read - nbytes(covered)) / once(penalty.gaussian, covered)
     assert 0.99 < passes < 2.01
-    assert traffic.largest <= CACHE
+    assert traffic.largest <= TEMPORARY
     assert traffic.written <= 1.01 * nbytes(covered)
 
 
@@ -216,9 +211,5 @@ def test_the_counter_sees_a_temporary_a_third_pass_and_a_copy():
 
 def resident(field: str) -> int:
     """Bytes of this process."""
-    lines: Iterator[str] = iter(Path("/proc/self/status").read_text().splitlines())
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def test_the_sizes_of_these_tests_tell_memory_from_cache():
-    assert math.prod(SHAPES["large.weight"]) * 4 >= 2 * CACHE
