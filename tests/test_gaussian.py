@@ -267,6 +267,35 @@ def test_largest_precision_is_found_once_and_stops_where_it_no_longer_grows(monk
 
 
 @pytest.mark.parametrize("rank", [0, 3])
+def test_values_and_gradients_may_be_on_another_device_than_the_prior(rank):
+    """The other device is pretended (tests/pretended_mps.py), and refuses tensors of this one in one operation."""
+    prior = make(rank, eps=1e-3)
+    theta = near(prior)
+    value, gradient = prior.penalty_and_gradient(theta)
+    product = prior.covariance_product(theta)
+    stepped = {n: t.clone() for n, t in theta.items()}
+    steps = {"conv.weight": 0.1, "head.weight": torch.full((2, 5), 0.3), "conv.bias": torch.tensor(0.2)}
+    after = prior.proximal_step_(stepped, steps)
+    with pretended_mps():
+        there = {n: t.to("mps") for n, t in theta.items()}
+        with pytest.raises(AssertionError, match="mixes"):
+            there["conv.bias"] - theta["conv.bias"]  # the pretence can fail
+        found, there_gradient = prior.penalty_and_gradient(there)
+        assert found == value
+        assert {t.device.type for t in there_gradient.values()} == {"mps"}
+        into = {n: torch.zeros(t.shape, device="mps") for n, t in theta.items()}
+        assert prior.add_gradient_(there, into, 2.0) == value
+        there_product = prior.covariance_product(there)
+        moved = {n: c.to("mps") if isinstance(c, torch.Tensor) else c for n, c in steps.items()}
+        assert prior.proximal_step_(there, moved) == after
+        for name in theta:
+            torch.testing.assert_close(there_gradient[name].cpu(), gradient[name])
+            torch.testing.assert_close(into[name].cpu(), 2 * gradient[name])
+            torch.testing.assert_close(there_product[name].cpu(), product[name])
+            torch.testing.assert_close(there[name].cpu(), stepped[name])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
 def test_no_float64_reaches_a_device_that_has_none(rank):
     """As Apple's MPS; the device is pretended, tests/pretended_mps.py. Numbers are those of the CPU, to float32's digits."""
     prior = make(rank, eps=1e-3)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import dense_covariance, dense_penalty, image_data, random_prior, tiny_resnet, tiny_vit
+from pretended_mps import pretended_mps
 from torch import nn
 
 from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorWarning
@@ -324,6 +325,51 @@ def test_a_head_prior_that_is_too_stiff_is_named_with_a_variance_that_is_not():
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("head_variance", [None, 0.3])
+def test_a_prior_kept_on_the_cpu_acts_on_a_model_elsewhere(head_variance):
+    """The model's device is pretended (tests/pretended_mps.py)."""
+    model = two_layers()
+    prior = random_prior(model, head=("2",))
+    here = PriorPenalty(prior, model, num_examples=7, head_variance=head_variance)
+    value = here.add_gradient_()
+    expected = gradients(model)
+    precision = here.total_curvature()
+    with pretended_mps():
+        there = two_layers()
+        for layer in (there[0], there[2]):
+            for name, parameter in list(layer.named_parameters()):
+                layer.register_parameter(name, nn.Parameter(parameter.detach().to("mps")))
+                getattr(layer, name).grad = torch.zeros(parameter.shape, device="mps")
+        penalty = PriorPenalty(prior, there, num_examples=7, head_variance=head_variance, device="cpu")
+        assert {t.device.type for t in penalty.gaussian.mean.values()} == {"cpu"}
+        found = penalty.add_gradient_()
+        assert found.device.type == "mps"
+        assert float(found) == pytest.approx(float(value), rel=1e-5)
+        assert penalty.total_curvature() == pytest.approx(precision, rel=1e-5)
+        for name, parameter in there.named_parameters():
+            torch.testing.assert_close(parameter.grad.cpu(), expected.get(name, torch.zeros(parameter.shape)))
+        assert all(a.device.type == "mps" for a in penalty.preconditioner().values() if isinstance(a, torch.Tensor))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_model_on_a_gpu_gets_the_gradient_and_the_implicit_step_of_the_cpu(device):
+    model = tiny_resnet()
+    prior = random_prior(model)
+    here = PriorPenalty(prior, model, num_examples=7, head_variance=0.3)
+    there = tiny_resnet().to("cuda")
+    there.load_state_dict(model.state_dict())
+    penalty = PriorPenalty(prior, there, num_examples=7, head_variance=0.3, device=device)
+    assert float(penalty.add_gradient_()) == pytest.approx(float(here.add_gradient_()), rel=1e-6)
+    for found, expected in zip(there.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad.cpu(), expected.grad, rtol=1e-5, atol=1e-6)
+    for bound, owner in ((here, model), (penalty, there)):
+        bound.proximal_step_({id(p): 0.1 for p in owner.parameters()})
+    for found, expected in zip(there.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_impossible_arguments_are_value_errors():

@@ -44,6 +44,8 @@ class PriorArgumentsMixin:
         prior_through_adapters: whether a prior over base weights is taken through the LoRA adapters on them, as one over
             W0 + s B A. None: wherever there are such adapters, with a line in the log; True: and an error if there are none;
             False: never, so that frozen weights are conditioned on, and an error if all are frozen.
+        prior_device: where the prior is kept: "cpu" leaves the accelerator's memory to the model, at a longer step. Default:
+            beside the model.
         prior_revision: branch, tag or commit of the prior's repository.
         prior_subfolder: folder of the prior in its repository.
     """
@@ -113,6 +115,10 @@ class PriorArgumentsMixin:
             "help": "Whether a prior over base weights is taken through the LoRA adapters on them, as one over W0 + s B A. "
             "Default: where there are any; True refuses to go without, False never does."
         },
+    )
+    prior_device: str | None = field(
+        default=None,
+        metadata={"help": "Where the prior is kept: 'cpu' leaves the accelerator's memory to the model. Default: beside it."},
     )
     prior_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the prior's repository."})
     prior_subfolder: str | None = field(default=None, metadata={"help": "Folder of the prior inside its repository."})

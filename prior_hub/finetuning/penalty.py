@@ -75,6 +75,8 @@ class PriorPenalty:
         through_adapters: whether a prior over weights under a LoRA adapter is one over W0 + s B A, so that its gradient goes
             to A and B. None: wherever there are such adapters; True: and an error if there are none; False: never, W0 is
             conditioned on as if there were no adapter, and where all covered weights are frozen that is an error.
+        device: where the prior is kept; beside the parameters when None. "cpu": the model alone takes the accelerator's memory,
+            and weights and gradients cross over block by block in each step, which takes longer.
 
     Attributes:
         match: the `Match`; print it.
@@ -104,6 +106,7 @@ class PriorPenalty:
         on_mismatch: str = "error",
         min_coverage: float = 0.5,
         through_adapters: bool | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if not num_examples >= 1:
             raise ValueError(f"num_examples is {num_examples}, expected the number of training examples, 1 or more.")
@@ -141,8 +144,11 @@ class PriorPenalty:
             if parameters[name].requires_grad and head_variance is not None and name not in adapted
         }
         self.covered_names = frozenset(covered) | frozenset(self._head) | frozenset(adapted)
-        self._sum = _Sum() if any(is_sharded(p) for p in covered.values()) else None
-        self.gaussian = _localised(prior, self.match, covered, scale, rank, self._sum)
+        self._device = local_tensor(next(iter(covered.values()))).device
+        if device is not None and self.adapters:
+            raise ValueError("device: a prior that is taken through adapters must be where they are; leave it out.")
+        self._sum = _Sum(self._device) if any(is_sharded(p) for p in covered.values()) else None
+        self.gaussian = _localised(prior, self.match, covered, scale, rank, self._sum, device)
         self._any_sharded = any(is_sharded(p) for p in (*covered.values(), *self._head.values()))
         self._warned = False
         rounding = rounding_cost(self.gaussian, self.adapters) / self.num_examples
@@ -297,10 +303,12 @@ class PriorPenalty:
         self.refuse_adapters("a sampler")
         trained = {name: self._parameters[name] for name in self._trained}
         if metric == "diagonal":
-            gaussian = self.gaussian.select(tuple(trained)).diagonal_part()
+            gaussian = self.gaussian.select(tuple(trained)).diagonal_part().to(self._device)
         else:
             local = self._local(self._parameters)
-            gaussian = self.gaussian.conditional({name: value for name, value in local.items() if name not in trained})
+            gaussian = self.gaussian.to(self._device).conditional(
+                {name: value for name, value in local.items() if name not in trained}
+            )
         bound = [BoundGaussian(gaussian, trained, in_gradient=metric == "diagonal")]
         if self._head:
             mean = {name: torch.zeros_like(local_tensor(p)) for name, p in self._head.items()}
@@ -315,7 +323,7 @@ class PriorPenalty:
         """
         self.refuse_adapters("a sampler")
         variances = self.gaussian.diagonal_part().marginal_variance()
-        found: dict[Tensor, Tensor | float] = {self._parameters[name]: variances[name] for name in self._trained}
+        found: dict[Tensor, Tensor | float] = {self._parameters[n]: variances[n].to(self._device) for n in self._trained}
         return found | dict.fromkeys(self._head.values(), self.head_variance or 1.0)
 
     def total_curvature(self) -> float:
@@ -431,8 +439,8 @@ class PriorPenalty:
     def _with_head(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """What `evaluate` says the Gaussian's penalty is, and the head prior's."""
         if not self._head:
-            return evaluate()
-        device = next(iter(self._parameters.values())).device
+            return self._placed(evaluate())
+        device = self._device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         squares = torch.zeros((), dtype=dtype, device=device)
         for parameter in self._head.values():
@@ -446,10 +454,14 @@ class PriorPenalty:
             finally:
                 delivered = self._sum.has_delivered()
             if delivered:
-                return value
+                return self._placed(value)
         else:
             value = evaluate()
-        return value + 0.5 * (sum_over_ranks(squares) if self._any_sharded else squares)
+        return self._placed(value) + 0.5 * (sum_over_ranks(squares) if self._any_sharded else squares)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """A sum of the Gaussian's, beside the model: float64 where that has it."""
+        return value.to(device=self._device, dtype=torch.float32 if self._device.type == "mps" else value.dtype)
 
     def _head_precision(self) -> float:
         return 1 / self.head_variance if self._head and self.head_variance is not None else 0.0
@@ -490,16 +502,22 @@ def _match(prior: PriorModel, model: nn.Module, matching: dict[str, Any]) -> Mat
 
 
 class _Sum:
-    """`sum_over_ranks`, where a number may ride along with the next single number: it saves a message of its own."""
+    """`sum_over_ranks`, where a number may ride along with the next single number: it saves a message of its own.
 
-    def __init__(self) -> None:
+    The message is sent from the device of the model, which is the one that its process group knows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.rider: Tensor | None = None
+        self._device = device
 
     def __call__(self, values: Tensor) -> Tensor:
         if self.rider is not None and values.ndim == 0:
             values += self.rider.to(values)
             self.rider = None
-        return sum_over_ranks(values)
+        if values.device == self._device:
+            return sum_over_ranks(values)
+        return values.copy_(sum_over_ranks(values.to(self._device)))
 
     def has_delivered(self) -> bool:
         """Whether the rider has gone along; it gets off now if it has not."""
@@ -508,16 +526,22 @@ class _Sum:
 
 
 def _localised(
-    prior: PriorModel, match: Match, covered: dict[str, Tensor], scale: float | None, rank: int | None, total: _Sum | None
+    prior: PriorModel,
+    match: Match,
+    covered: dict[str, Tensor],
+    scale: float | None,
+    rank: int | None,
+    total: _Sum | None,
+    kept_on: torch.device | str | None,
 ) -> LowRankGaussian:
-    """The prior's Gaussian over the matched parameters, by the model's names, cut and placed as the parameters are."""
+    """The prior's Gaussian over the matched parameters, by the model's names, cut as the parameters are, and placed."""
     gaussian = prior.gaussian if rank is None else prior.truncated(rank).gaussian  # which knows what its rows are
     if scale is not None:
         gaussian = gaussian.rescaled(scale)
     tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "variance": {}, "deviations": {}}
     for name, target in match.pairs.items():
         parameter = covered[target]
-        device, slices = local_tensor(parameter).device, shard_slices(parameter)
+        device, slices = kept_on or local_tensor(parameter).device, shard_slices(parameter)
         for kind, leading in (("mean", 0), ("variance", 0), ("deviations", 1)):
             source: dict[str, Tensor] = getattr(gaussian, kind)
             if name in source:

@@ -82,6 +82,7 @@ _DEFAULTS: dict[str, Any] = {
     "prior_on_mismatch": "error",
     "prior_min_coverage": 0.5,
     "prior_through_adapters": None,
+    "prior_device": None,
     "prior_revision": None,
     "prior_subfolder": None,
     "sampler": None,
@@ -262,6 +263,7 @@ class PriorTrainerMixin(_TrainerBase):
             rank=self._prior_settings["prior_rank"],
             head_variance=self._head_variance(),
             through_adapters=self._prior_settings["prior_through_adapters"],
+            device=self._prior_settings["prior_device"],
             **self._matching(),
         )
         if self.sampling is not None:

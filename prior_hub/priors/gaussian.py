@@ -263,7 +263,7 @@ class LowRankGaussian:
         flat: dict[str, Tensor] = {}
         for name in self._checked_names(theta):
             mean = self.mean[name]
-            flat[name] = torch.zeros(mean.numel(), dtype=self._work_type(theta[name], name), device=mean.device)
+            flat[name] = torch.zeros(mean.numel(), dtype=self._work_type(theta[name], name), device=theta[name].device)
         with torch.no_grad():
             value = self._evaluate(theta, flat)
         return value, {name: values.view(theta[name].shape) for name, values in flat.items()}
