@@ -75,13 +75,13 @@ class Problem:
 
     def flat_rows(self) -> Tensor:
         """(K, P), a copy."""
-        return torch.cat([tensor.flatten(1) for tensor in self.rows.values()], dim=1)
+        return torch.cat([tensor.reshape(len(tensor), -1) for tensor in self.rows.values()], dim=1)
 
     def blocks(self, dtype: torch.dtype, block: int = 1 << 20) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """(where in P, theta - mean, A, rows rounded to `dtype`), float64, a block of a tensor at a time."""
         start = 0
         for tensor in self.rows.values():
-            rows = tensor.flatten(1)
+            rows = tensor.reshape(len(tensor), -1)
             for first in range(0, rows.shape[1], block):
                 some = rows[:, first : first + block].to(dtype).double()
                 part = slice(start + first, start + first + some.shape[1])
