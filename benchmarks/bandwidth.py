@@ -15,6 +15,7 @@ number in place. `limit` is the time in which the bytes of a step pass at these 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -108,16 +109,24 @@ def writes(array: torch.Tensor, device: str) -> dict[str, Callable[[], Any]]:
 
 
 def in_threads(arrays: list[torch.Tensor], method: Callable[[np.ndarray], Any]) -> Callable[[], Any]:
-    """numpy's `method` on every block of 2^18 numbers, in as many threads as torch has."""
+    """numpy's `method` on every block of 2^18 numbers, in as many threads as torch has, each of which takes the next one."""
     parts = [array.numpy()[i : i + TILE] for array in arrays for i in range(0, array.numel(), TILE)]
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads)
 
-    def work(first: int) -> None:
-        for part in parts[first::threads]:
+    def work(waiting: deque[np.ndarray]) -> None:
+        while True:
+            try:
+                part = waiting.popleft()
+            except IndexError:
+                return
             method(part)
 
-    return lambda: list(pool.map(work, range(threads)))
+    def call() -> None:
+        waiting = deque(parts)
+        list(pool.map(work, [waiting] * threads))
+
+    return call
 
 
 if __name__ == "__main__":
