@@ -468,7 +468,7 @@ def test_without_swa_lr_trainers_schedule_is_left_alone(tmp_path):
         pytest.param({"start": 0.5}, 5, id="before the first snapshot"),
         pytest.param({"every_n_steps": 4}, 9, id="between two snapshots"),
         pytest.param({"batch_norm": "last", "rank": 0}, 7, id="epoch boundary, last statistics, diagonal"),
-        pytest.param({"device": "cpu"}, 12, id="after the last step"),
+        pytest.param({"device": "cpu", "snapshots_dtype": torch.bfloat16}, 12, id="after the last step, bfloat16"),
         pytest.param({"swa_lr": 0.03}, 8, id="constant rate of our own"),
         pytest.param(
             {"swa_lr": 0.04, "swa_lr_min": 0.01, "schedule": "cyclic", "every_n_steps": 3}, 7, id="in the middle of a cycle"

@@ -1,13 +1,20 @@
 """SWAG's estimate against two-pass float64 formulas, and its BatchNorm statistics against torch's."""
 
 import copy
+import json
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prior_hub import (
     PriorFormatError,
@@ -20,6 +27,7 @@ from prior_hub import (
     isotropic_prior,
     recompute_batch_norm,
 )
+from prior_hub.learning import moments, swag
 from prior_hub.priors.matching import canonical_parameters
 
 
@@ -69,6 +77,43 @@ def test_moments_and_deviations_equal_the_two_pass_formulas(rank, steps):
         np.testing.assert_allclose(prior.variance[n], all_snapshots.var(0, ddof=1), rtol=1e-4)
         if kept:  # most recent first, about the FINAL mean
             np.testing.assert_allclose(prior.deviations[n], all_snapshots[::-1][:kept] - mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": 3.0, "eps": 0.1, "deviations_dtype": torch.bfloat16, "license": "mit", "estimator": {"note": "mine"}},
+        {"explained": 0.7, "deviations_dtype": torch.float16},
+        {"buffers": {"norm.running_mean": torch.ones(4), "norm.running_var": torch.ones(4)}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_the_prior_is_written_tensor_by_tensor_as_it_is_saved_whole(tmp_path, rank, settings):
+    _, estimator, _ = collect(rank, 6, variance_floor=0.005)
+    folder = estimator.save_prior(tmp_path / "parts", dataset="synthetic", **settings)
+    estimator.prior(dataset="synthetic", **settings).save_pretrained(tmp_path / "whole")
+    assert folder == tmp_path / "parts"
+    ours, theirs = PriorModel.from_pretrained(folder), PriorModel.from_pretrained(tmp_path / "whole")
+    assert ours.config == theirs.config  # the hashes of the files, too
+    assert ours.config.estimator["variance_entries_at_floor"] > 0
+    assert (folder / "README.md").read_bytes() == (tmp_path / "whole" / "README.md").read_bytes()
+
+
+def test_what_is_no_prior_is_not_written(tmp_path):
+    _, estimator, _ = collect(2, 1)
+    with pytest.raises(PriorNumericsError, match="two snapshots"):
+        estimator.save_prior(tmp_path / "prior")
+    model, moved, _ = collect(2, 4)
+    with pytest.raises(TypeError, match="colour"):
+        moved.save_prior(tmp_path / "prior", colour="blue")
+    estimator = SwagEstimator(2, variance_floor=0.0)
+    for _ in range(3):
+        estimator.update(model)  # nothing moves
+    with pytest.raises(PriorNumericsError, match="entries <= 0"):
+        estimator.save_prior(tmp_path / "prior")
+    assert not (tmp_path / "prior").exists()
 
 
 def test_variance_survives_float32_where_the_spread_is_a_ten_thousandth_of_the_weight():
@@ -132,10 +177,11 @@ def test_snapshots_go_into_a_ring_that_is_never_reallocated():
     assert places == {n: t.data_ptr() for n, t in estimator.state_dict().items() if not n.startswith("buffer.")}
 
 
-def test_saved_state_continues_bit_for_bit(tmp_path):
-    _, whole, _ = collect(4, 9)
+@pytest.mark.parametrize("snapshots_dtype", [None, torch.bfloat16])
+def test_saved_state_continues_bit_for_bit(tmp_path, snapshots_dtype):
+    _, whole, _ = collect(4, 9, snapshots_dtype=snapshots_dtype)
     torch.manual_seed(0)
-    model, first, second = Net(), SwagEstimator(4), SwagEstimator(4)
+    model, first, second = Net(), *(SwagEstimator(4, snapshots_dtype=snapshots_dtype) for _ in range(2))
     for i, _ in enumerate(walk(model, 9)):
         (first if i < 5 else second).update(model)
         if i == 4:
@@ -153,8 +199,6 @@ def test_a_state_of_another_kind_is_refused(tmp_path):
     estimator.save(tmp_path / "state.safetensors")
     with pytest.raises(PriorFormatError, match=r"rank=4, this estimator has 5"):
         SwagEstimator(5).load(tmp_path / "state.safetensors")
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(PriorFormatError, match="not the state of a SwagEstimator"):
         SwagEstimator(5).load(tmp_path / "other.safetensors")
@@ -275,6 +319,396 @@ def test_what_is_known_about_the_source_is_recorded():
     assert (stored.scale, stored.config.scale, stored.gaussian.eps, stored.config.eps) == (3.0, 3.0, 0.25, 0.25)
     assert config.estimator["batch_norm"] == "last snapshot"
     assert "torch" in config.libraries
+
+
+# ------------------------------------------------------------------------------------------- the cost of a snapshot
+
+
+class Operations(TorchDispatchMode):
+    """Counts entries that operations write, and the largest tensor that one of them makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.written, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                new = t.untyped_storage().data_ptr() not in given
+                self.largest = max(self.largest, t.numel() if new else 0)
+                reads_all = "sum" in func.__name__
+                self.written += args[0].numel() if reads_all else t.numel() * (new or func._schema.is_mutable)
+        return out
+
+
+def big(dtype=torch.float32, *, channels_last=False):
+    model = nn.ModuleDict({"conv": nn.Conv2d(128, 256, 3), "body": nn.Linear(600, 500), "norm": nn.LayerNorm(600)}).to(dtype)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+@pytest.fixture
+def one_thread():
+    """Operations of other threads are not seen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("snapshots_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "channels_last"])
+@pytest.mark.parametrize("rank", [0, 3, 12])
+def test_a_snapshot_makes_no_temporary_above_a_block_and_passes_over_memory_as_often_at_every_rank(
+    one_thread, monkeypatch, rank, kind, snapshots_dtype
+):
+    monkeypatch.setattr(moments, "_LONE_BLOCK", 1 << 14)
+    model = big(torch.bfloat16 if kind == "bfloat16" else torch.float32, channels_last=kind == "channels_last")
+    size = sum(p.numel() for p in model.parameters())
+    estimator = SwagEstimator(rank, head=(), snapshots_dtype=snapshots_dtype)
+    for _ in range(2):
+        estimator.update(model)
+    with Operations() as seen:
+        estimator.update(model)
+    assert seen.largest <= 1 << 14  # the largest tensor has 295 thousand entries, the ring 12 times 596 thousand
+    passes = 4 if rank and snapshots_dtype is None else 5 - (rank == 0)  # finite?, difference, (row,) mean, squares
+    assert seen.written == pytest.approx(passes * size, rel=0.02)  # and scratch
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_prior_that_takes_the_estimate_over_is_the_same_and_lies_in_its_memory(one_thread, dtype):
+    model = big()
+    kept, given = (SwagEstimator(4, head=(), snapshots_dtype=dtype) for _ in range(2))
+    for _ in walk(model, 7):
+        kept.update(model)
+        given.update(model)
+    places = {n: given.state_dict()[f"ring.{n}"].data_ptr() for n in given.mean()}
+    with Operations() as copying:
+        expected = kept.prior()
+    largest = max(t.numel() for t in expected.mean.values())
+    assert copying.largest <= 4 * largest  # the deviations of one tensor
+    with Operations() as taking:
+        prior = given.prior(release=True)
+    assert taking.largest <= max(largest, moments._LONE_BLOCK) * 4
+    for kind in ("mean", "variance", "deviations"):
+        a, b = getattr(expected, kind), getattr(prior, kind)
+        assert all(torch.equal(a[n], b[n]) for n in a), kind
+    assert {n: t.data_ptr() for n, t in prior.deviations.items()} == places
+    assert prior.config == expected.config
+    assert (given.num_snapshots, given.state_dict()) == (0, {})
+    assert kept.num_snapshots == 7
+    given.update(model)  # begins anew, elsewhere
+    assert given.state_dict()["ring.body.weight"].data_ptr() != places["body.weight"]
+    again = kept.prior(release=True, deviations_dtype=torch.bfloat16)
+    assert again.deviations["body.weight"].dtype == torch.bfloat16
+
+
+def odd_shapes():
+    """A model with an empty, a zero-dimensional, a transposed and a channels-last parameter."""
+    model = nn.Module()
+    for name, value in {
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(1.0),
+        "transposed": torch.randn(70, 90).T,
+        "conv": torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last),
+        "strided": torch.randn(500)[::2],
+    }.items():
+        model.register_parameter(name, nn.Parameter(value))
+    return model
+
+
+@pytest.mark.parametrize("snapshots_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["blocks", "threads", "groups"])
+def test_bits_do_not_depend_on_blocks_threads_layout_or_the_path_of_accelerators(monkeypatch, path, snapshots_dtype):
+    torch.manual_seed(0)
+    model = odd_shapes()
+    plain, other = (SwagEstimator(3, head=(), snapshots_dtype=snapshots_dtype) for _ in range(2))
+    for i, _ in enumerate(walk(model, 6)):
+        plain.update(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(moments, "_LONE_BLOCK", 100)
+            patch.setattr(moments, "_SHARED_BLOCK", 100)
+            patch.setattr(moments, "_DEVICE_BLOCK", 3000)
+            if path == "threads":
+                patch.setattr(moments, "_WORTH_THREADS", 0)
+                patch.setattr(torch, "get_num_threads", lambda: 3)
+            if path == "groups":
+                patch.setattr(moments, "_add_in_blocks", moments._add_in_groups)
+            other.update(model)
+        assert plain.num_snapshots == i + 1
+        assert all(torch.equal(t, other.state_dict()[n]) for n, t in plain.state_dict().items())
+    assert plain.prior().mean["empty"].shape == (0, 3)
+
+
+def test_weights_whose_sum_overflows_are_finite():
+    model = nn.ModuleDict({"body": nn.Linear(2, 2, bias=False)})
+    estimator = SwagEstimator(2, head=())
+    with torch.no_grad():
+        model["body"].weight.fill_(3e38)
+    estimator.update(model)
+    with torch.no_grad():
+        model["body"].weight.copy_(torch.tensor([[float("inf"), -float("inf")], [1.0, float("nan")]]))
+    with pytest.raises(PriorNumericsError, match=r"has 3 of 4 values"):
+        estimator.update(model)
+    assert estimator.num_snapshots == 1
+
+
+# ----------------------------------------------------------------------------------------------- snapshots in bfloat16
+
+
+def paths(kind, n, entries, g):
+    """(n, entries) float64: weights of size one that move by a thousandth, in different ways."""
+    noise = torch.randn(n, entries, generator=g, dtype=torch.float64)
+    moved = {
+        "stationary": noise,
+        "random walk": noise.cumsum(0),
+        "drift": noise + torch.arange(n, dtype=torch.float64)[:, None],
+        "arrives": noise + 100 * 0.5 ** torch.arange(n, dtype=torch.float64)[:, None],
+    }[kind]
+    return 1 + 1e-3 * moved
+
+
+@pytest.mark.parametrize(("rank", "n"), [(20, 20), (8, 60)])
+@pytest.mark.parametrize("kind", ["stationary", "random walk", "drift", "arrives"])
+def test_bfloat16_snapshots_keep_deviations_within_its_roundoff_of_the_standard_deviation(kind, rank, n):
+    """Root sum of squares over the snapshots, for every entry: <= 2^-8 sqrt((n-1) variance)."""
+    history = paths(kind, n, 400, torch.Generator().manual_seed(0)).float()  # the weights that float32 holds
+    model = nn.ModuleDict({"body": nn.Linear(20, 20, bias=False)})
+    half, full = SwagEstimator(rank, head=(), snapshots_dtype=torch.bfloat16), SwagEstimator(rank, head=())
+    for w in history:
+        with torch.no_grad():
+            model["body"].weight.copy_(w.view(20, 20))
+        half.update(model)
+        full.update(model)
+    prior = half.prior(deviations_dtype=torch.float32)
+    exact = history.double()
+    deviations = (exact - exact.mean(0)).flip(0)[:rank].view(rank, 20, 20)
+    spread = (exact - exact.mean(0)).square().sum(0).view(20, 20)  # (n-1) variance
+    error = (prior.deviations["body.weight"].double() - deviations).square().sum(0)
+    floor = 2.0**-23 * 1.2  # of the float32 mean, of weights of size one, at most: adds to the error at every snapshot
+    assert (error.sqrt() <= 2.0**-8 * spread.sqrt() + floor * rank**0.5).all()
+    assert error.sum().sqrt() < 2.0**-9 * spread.sum().sqrt() + floor * (400 * rank) ** 0.5  # in root mean square
+    raw = history.bfloat16().double()  # what would become of weights in bfloat16
+    lost = ((raw - exact.mean(0)).flip(0)[:rank].view(rank, 20, 20) - deviations).square().sum(0)
+    assert lost.sum() > 30 * error.sum()
+    whole = full.prior()
+    for kind_ in ("mean", "variance"):  # are not touched
+        assert torch.equal(getattr(prior, kind_)["body.weight"], getattr(whole, kind_)["body.weight"])
+    assert half.prior().config.dtype["deviations"] == "bfloat16"
+
+
+def test_the_rank_copies_of_bfloat16_snapshots_take_half():
+    _, half, _ = collect(6, 8, snapshots_dtype=torch.bfloat16)
+    _, full, _ = collect(6, 8)
+
+    def ring(estimator):
+        return sum(t.nbytes for n, t in estimator.state_dict().items() if n.startswith("ring."))
+
+    assert ring(half) * 2 == ring(full)
+
+
+def test_snapshots_of_types_that_cannot_hold_differences_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="underflow"):
+        SwagEstimator(snapshots_dtype=torch.float16)
+    _, half, _ = collect(4, 3, snapshots_dtype=torch.bfloat16)
+    half.save(tmp_path / "state.safetensors")
+    with pytest.raises(PriorFormatError, match=r"snapshots_dtype='bfloat16', this estimator has 'float32'"):
+        SwagEstimator(4).load(tmp_path / "state.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------- the state
+
+
+def test_a_state_holds_the_rows_that_were_filled(tmp_path):
+    _, few, _ = collect(8, 2)
+    _, many, _ = collect(8, 11)
+    few.save(tmp_path / "few.safetensors")
+    many.save(tmp_path / "many.safetensors")
+    with safe_open(tmp_path / "few.safetensors", "pt") as a, safe_open(tmp_path / "many.safetensors", "pt") as b:
+        assert a.get_slice("ring.conv.weight").get_shape() == [2, 4, 1, 3, 3]
+        assert b.get_slice("ring.conv.weight").get_shape() == [8, 4, 1, 3, 3]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_a_state_of_version_1_with_weights_in_its_ring_goes_on(tmp_path, steps):
+    """Version 1 wrote all K rows, snapshot i in row (i - 1) % K."""
+    model, estimator, history = collect(4, steps)
+    estimator.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as handle:
+        header = json.loads(handle.metadata()["swag"])
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    header["version"] = "1"
+    del header["snapshots_dtype"]
+    for name in estimator.mean():
+        ring = torch.zeros(4, *history[0][name].shape)
+        for i, weights in enumerate(history):
+            ring[i % 4] = weights[name]
+        tensors[f"ring.{name}"] = ring
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"swag": json.dumps(header)})
+    resumed = SwagEstimator(4)
+    resumed.load(tmp_path / "old.safetensors")
+    for _ in walk(model, 2, seed=1):
+        estimator.update(model)
+        resumed.update(model)
+    a, b = estimator.prior(), resumed.prior()
+    for n in a.mean:
+        assert torch.equal(a.mean[n], b.mean[n])
+        torch.testing.assert_close(a.deviations[n], b.deviations[n], rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- from an accelerator to the CPU
+
+
+class PretendedStreams:
+    """Streams whose copies happen as late as they may: when the current stream waits for them."""
+
+    def __init__(self):
+        self.copies, self.waited, self.entered = [], [], False
+
+    def __call__(self, device):
+        return self
+
+    def Stream(self, device):
+        return self
+
+    def current_stream(self, device):
+        return self
+
+    def wait_stream(self, other):
+        self.waited.append("weights")
+
+    @contextmanager
+    def stream(self, side):
+        self.entered = True
+        yield
+        self.entered = False
+
+    def copy(self, landing, value):
+        assert self.entered
+        assert self.waited[-1] == "weights"  # else the side stream could read before the last step has written
+        self.copies.append((landing, value))
+
+    def record_event(self):
+        streams, copies, done = self, self.copies, threading.Event()
+        self.copies = []
+
+        class Event:
+            def run(self):
+                for landing, value in copies:
+                    landing.copy_(value)
+                copies.clear()
+                done.set()
+
+            def synchronize(self):
+                if not done.wait(5):  # nothing ever waited: the copies come after whatever was done to the weights
+                    self.run()
+
+        del streams
+        return Event()
+
+    def wait_event(self, event):
+        event.run()
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    streams = PretendedStreams()
+    monkeypatch.setattr(swag, "_has_streams", lambda device: True)
+    monkeypatch.setattr(swag, "_streams", streams)
+    monkeypatch.setattr(moments, "copy_across", streams.copy)
+    return streams
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"snapshots_dtype": torch.bfloat16}, {"rank": 0}])
+def test_snapshots_that_go_to_the_cpu_beside_training_are_those_of_the_moment(accelerator, given, options):
+    options = {"rank": 3, "head": ()} | options
+    model, away, plain = big(), SwagEstimator(**options, device="cpu"), SwagEstimator(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swag, "_has_streams", lambda device: False)
+        for i in range(6):
+            plain.update(model)
+            patch.setattr(swag, "_has_streams", lambda device: True)
+            away.update(model, optimizer=optimizer if given else None)
+            patch.setattr(swag, "_has_streams", lambda device: False)
+            for p in model.parameters():
+                p.grad = torch.full_like(p, i + 1.0)
+            optimizer.step()
+    assert away.num_snapshots == 6
+    assert plain.state_dict().keys() == away.state_dict().keys()
+    assert all(torch.equal(t, away.state_dict()[n]) for n, t in plain.state_dict().items())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_what_fails_beside_training_is_raised_by_the_next_call(accelerator, monkeypatch):
+    model, estimator = big(), SwagEstimator(2, head=(), device="cpu")
+    monkeypatch.setattr(swag, "add_snapshot", lambda *_: 1 / 0)
+    estimator.update(model)
+    for call in (estimator.mean, estimator.state_dict, lambda: estimator.update(model)):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    estimator.reset()
+    assert estimator.state_dict() == {}
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_copied(accelerator):
+    model, estimator = big(), SwagEstimator(2, head=(), device="cpu")
+    with torch.no_grad():
+        model["body"].bias[3] = float("inf")
+    with pytest.raises(PriorNumericsError, match=r"'body.bias' has 1 of 500"):
+        estimator.update(model)
+    assert accelerator.waited == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("snapshots_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_on_an_accelerator_the_estimate_is_that_of_the_cpu(device, weights, snapshots_dtype):
+    torch.manual_seed(0)
+    model = big(weights, channels_last=True)
+    there, optimizer = copy.deepcopy(model).cuda(), None
+    options = {"head": (), "snapshots_dtype": snapshots_dtype}
+    here, away = SwagEstimator(3, **options), SwagEstimator(3, **options, device=device)
+    for i, _ in enumerate(walk(model, 7)):
+        there.load_state_dict(model.state_dict())
+        optimizer = torch.optim.SGD(there.parameters(), lr=1.0)
+        here.update(model)
+        away.update(there, optimizer=optimizer if i % 2 else None)
+        for p in there.parameters():
+            p.grad = torch.full_like(p, 1e3)
+        optimizer.step()  # at once: a copy that is not fenced would see it
+    a, b = here.prior(), away.prior()
+    assert {t.device.type for t in b.mean.values()} == {"cpu"}
+    assert {t.device.type for t in away.mean().values()} == {"cpu" if device else "cuda"}
+    for n in a.mean:
+        torch.testing.assert_close(a.mean[n], b.mean[n], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a.variance[n], b.variance[n], rtol=1e-5, atol=1e-7)
+        rounding = 1e-5 if snapshots_dtype is None else 2.0**-7  # one in the last place, where two roundings fall apart
+        torch.testing.assert_close(a.deviations[n].float(), b.deviations[n].float(), rtol=rounding, atol=2e-3 * rounding)
+    bad = next(iter(there.parameters()))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with torch.no_grad():
+            bad[0] = value
+        with pytest.raises(PriorNumericsError, match="NaN or infinite"):
+            away.update(there)
+    assert away.num_snapshots == 7
+
+
+@pytest.mark.gpu
+def test_a_snapshot_that_goes_to_the_cpu_takes_no_memory_of_the_accelerator():
+    model = nn.ModuleDict({"body": nn.Linear(2000, 2000)}).cuda()
+    estimator = SwagEstimator(3, head=(), device="cpu")
+    estimator.update(model)
+    estimator.state_dict()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    estimator.update(model)
+    estimator.state_dict()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
 
 
 # ------------------------------------------------------------------------------------------------- BatchNorm statistics

@@ -43,7 +43,8 @@ class SwagCallback(TrainerCallback):
                     with a snapshot at the low end   (Izmailov et al. 2018, arXiv 1803.05407, section 3.1)
 
     The state goes into every checkpoint as safetensors, and a run resumed from one gives
-    the same prior, bit for bit, as the uninterrupted run.
+    the same prior, bit for bit, as the uninterrupted run. It is rank + 2 copies of the weights, written anew each time,
+    where model and Adam's moments are 3. Save less often, or pass snapshots_dtype=torch.bfloat16, where that is too much.
 
     Args:
         rank: K, how many of the last snapshots are kept as deviations.
@@ -58,6 +59,8 @@ class SwagCallback(TrainerCallback):
         variance_floor: as `SwagEstimator`.
         head: as `SwagEstimator`.
         device: where snapshots are kept; the parameters' own device when None. "cpu" saves accelerator memory.
+        snapshots_dtype: as `SwagEstimator`; torch.bfloat16 halves the memory of the snapshots, and what they add to a
+            checkpoint.
         batch_norm: "recompute" runs the training data through the model at the mean when training ends; "last" stores
             the statistics of the last snapshot.
         batch_norm_batches: at most so many batches for that; all when None.
@@ -80,6 +83,7 @@ class SwagCallback(TrainerCallback):
         variance_floor: float = 1e-12,
         head: str | Sequence[str] | None = "auto",
         device: torch.device | str | None = None,
+        snapshots_dtype: torch.dtype | None = None,
         batch_norm: str = "recompute",
         batch_norm_batches: int | None = None,
         resume_from: str | os.PathLike[str] | None = None,
@@ -93,7 +97,9 @@ class SwagCallback(TrainerCallback):
         _check_schedule(swa_lr, schedule, swa_lr_min)
         if batch_norm not in ("recompute", "last"):
             raise ValueError(f"batch_norm is {batch_norm!r}, expected 'recompute' or 'last'.")
-        self.estimator = SwagEstimator(rank, variance_floor=variance_floor, head=head, device=device)
+        self.estimator = SwagEstimator(
+            rank, variance_floor=variance_floor, head=head, device=device, snapshots_dtype=snapshots_dtype
+        )
         self.start = start
         self.every_n_steps = every_n_steps
         self.swa_lr = swa_lr
@@ -264,17 +270,43 @@ class SwagCallback(TrainerCallback):
         Raises:
             PriorNumericsError: fewer than two snapshots were taken.
         """
+        return self.estimator.prior(
+            buffers=self._buffers if buffers is None else buffers,
+            estimator={**self._facts(), **(estimator or {})},
+            **arguments,
+        )
+
+    def save_prior(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        estimator: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Path:
+        """Write the prior's folder, as `prior(...).save_pretrained(save_directory)`, without any process holding all of it.
+
+        Of a sharded model every rank must call it; see `SwagEstimator.save_prior`, also for the arguments.
+
+        Raises:
+            PriorNumericsError: fewer than two snapshots were taken.
+        """
+        return self.estimator.save_prior(
+            save_directory,
+            buffers=self._buffers if buffers is None else buffers,
+            estimator={**self._facts(), **(estimator or {})},
+            **arguments,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """When snapshots were taken, at which learning rates."""
         schedule: dict[str, Any] = {"start_step": self._first, "every_n_steps": self._interval}
         if self.swa_lr is not None:
             schedule |= {"schedule": self.schedule, "swa_lr": self.swa_lr}
             schedule |= {} if self.swa_lr_min is None else {"swa_lr_min": self.swa_lr_min}
         if self._learning_rates:
             schedule["learning_rate"] = [self._learning_rates[0], self._learning_rates[-1]]
-        return self.estimator.prior(
-            buffers=self._buffers if buffers is None else buffers,
-            estimator={**schedule, **(estimator or {})},
-            **arguments,
-        )
+        return schedule
 
 
 def _check_schedule(swa_lr: float | None, schedule: str, swa_lr_min: float | None) -> None:

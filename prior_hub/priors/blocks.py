@@ -30,6 +30,7 @@ __all__ = ["Block", "Scratch", "blocks_of", "sweep"]
 _CPU_BLOCK = 1 << 18
 _COPIED = 1 << 20  # rows x entries where rows are copied: 4 MB
 DEVICE_BLOCK = 1 << 24  # on accelerators: few large kernels, temporaries bounded at 64 MB per row
+_DEVICE_COPIED = 1 << 26
 _CHUNKS = 64  # so many accumulators at most
 _MOST_THREADS = 16  # beyond it Python's own time per block is what limits
 _INLINE = 1 << 20  # numbers read, below which starting threads costs more than it brings
@@ -72,9 +73,9 @@ def blocks_of(sizes: Sequence[tuple[str, int]], device: torch.device, *, copied_
         device: where they are.
         copied_rows: how many rows are copied into scratch memory for each block (to convert their type).
     """
-    length = DEVICE_BLOCK
-    if device.type == "cpu":
-        length = _CPU_BLOCK if not copied_rows else 1 << max(12, min(_CPU_BLOCK, _COPIED // copied_rows).bit_length() - 1)
+    length, copied = (_CPU_BLOCK, _COPIED) if device.type == "cpu" else (DEVICE_BLOCK, _DEVICE_COPIED)
+    if copied_rows:
+        length = 1 << max(12, min(length, copied // copied_rows).bit_length() - 1)
     blocks = [Block(n, start, min(start + length, size)) for n, size in sizes for start in range(0, size, length)]
     share = max(length, sum(size for _, size in sizes) / _CHUNKS)
     chunks: list[list[Block]] = []

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from torch import Tensor
 
 from prior_hub.errors import PriorMatchError, PriorNumericsError
 from prior_hub.priors.blocks import DEVICE_BLOCK, Block, Scratch, blocks_of, sweep
+from prior_hub.priors.fused import Tables, is_available, takes
 
 __all__ = ["LowRankGaussian", "swag_weights"]
 
@@ -58,6 +59,9 @@ def swag_weights(rank: int) -> tuple[float, float]:
 
 class LowRankGaussian:
     """N(mean, Sigma) over named tensors; immutable, shares the memory of the tensors it is given.
+
+    Values, gradients and step lengths may be on another device than the Gaussian, which then stays where it is: they are
+    copied block by block.
 
     Args:
         mean: name -> (*shape).
@@ -106,6 +110,7 @@ class LowRankGaussian:
                 raise PriorNumericsError(f"{name} is {value}, expected {wanted}. For no prior at all pass prior=None.")
         self._largest: dict[tuple[int, int], float] = {}  # of largest_precision
         self._views: dict[Block, tuple[Tensor, ...]] = {}  # of _sweep: mean (n,), variance (n,), deviations (K, n)
+        self._tables: Tables | None = None  # of _fused
         self._chunks: dict[bool, list[list[Block]]] = {}  # of _sweep: whether small -> blocks
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
@@ -251,20 +256,16 @@ class LowRankGaussian:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             value: Tensor = _PenaltyFunction.apply(self, *tensors)
             return value
-        return self._evaluate(dict(zip(self.names, tensors, strict=True)), None)
+        return self._evaluate(dict(zip(self.names, tensors, strict=True)))
 
     def penalty_and_gradient(self, theta: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalty (0-d float64, nats) and its gradient Sigma^-1 (theta - mean), name -> (*shape), without autograd."""
         flat: dict[str, Tensor] = {}
         for name in self._checked_names(theta):
             mean = self.mean[name]
-            flat[name] = torch.empty(mean.numel(), dtype=self._work_type(theta[name], name), device=mean.device)
-
-        def keep(name: str, start: int, stop: int, values: Tensor) -> None:
-            flat[name][start:stop] = values
-
+            flat[name] = torch.zeros(mean.numel(), dtype=self._work_type(theta[name], name), device=mean.device)
         with torch.no_grad():
-            value = self._evaluate(theta, keep)
+            value = self._evaluate(theta, flat)
         return value, {name: values.view(theta[name].shape) for name, values in flat.items()}
 
     def add_gradient_(self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], factor: float | Tensor) -> Tensor:
@@ -278,18 +279,8 @@ class LowRankGaussian:
             if name not in self.mean or out.shape != self.mean[name].shape:
                 raise PriorMatchError(f"cannot write the gradient of {name!r}: no such parameter, or another shape.")
         flat = {name: out.reshape(-1) for name, out in into.items()}  # a copy where `out` is not contiguous
-
-        def add(name: str, start: int, stop: int, values: Tensor) -> None:
-            if name not in flat:
-                return
-            out = flat[name][start:stop]
-            if out.dtype == values.dtype and not isinstance(factor, Tensor):
-                out.add_(values, alpha=factor)
-            else:  # rounded once, after the multiplication
-                out += values.mul_(factor).to(out.dtype)
-
         with torch.no_grad():
-            value = self._evaluate(theta, add)
+            value = self._evaluate(theta, flat, factor)
             for name, out in into.items():
                 if not out.is_contiguous():  # e.g. channels_last gradients
                     out.copy_(flat[name].view(out.shape))
@@ -323,7 +314,7 @@ class LowRankGaussian:
         lengths = {n: c.reshape(-1) if isinstance(c, Tensor) and c.ndim else c for n, c in step.items()}
         lengths = {n: c for n, c in lengths.items() if isinstance(c, Tensor) or c != 0}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._step(theta, lengths, device) if lengths else self._evaluate(theta, None)
+            return self._step(theta, lengths, device) if lengths else self._evaluate(theta)
 
     def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
         accumulator = _accumulator(device)
@@ -336,7 +327,7 @@ class LowRankGaussian:
             name, dtype = block.name, self._work_type(flat[block.name], block.name)
             delta = self._offset(block, flat[name], scratch, dtype)
             diagonal = self._scaled_variance(block, scratch, dtype)
-            length = _block(step.get(name, 0.0), block.start, block.stop, dtype)
+            length = _block(step.get(name, 0.0), block.start, block.stop, dtype, device)
             whole = torch.add(diagonal, length, out=scratch.take("whole", delta.shape, dtype))
             expected = scratch.take("expected", delta.shape, dtype)
             if low_rank:
@@ -350,7 +341,11 @@ class LowRankGaussian:
                 moved = delta.mul_(diagonal).add_(expected.mul_(length)).div_(whole)
                 flat[name][block.start : block.stop] = moved.add_(self._views[block][0])
 
-        total = self._sweep(move, (), self._elementwise(theta))
+        tables = self._fused([*flat.values(), *(c for c in step.values() if isinstance(c, Tensor))])
+        if tables:
+            total = tables.move_(flat, low_rank * z if low_rank else None, step)
+        else:
+            total = self._sweep(move, (), self._elementwise(theta))
         for name in step:
             if not theta[name].is_contiguous():  # e.g. channels_last weights
                 theta[name].copy_(flat[name].view(theta[name].shape))
@@ -370,22 +365,24 @@ class LowRankGaussian:
         nearby, key = _nearby(step)
 
         flat = {name: theta[name].detach().reshape(-1) for name in self.names}
+        given = [*flat.values(), *(c for c in step.values() if isinstance(c, Tensor))]
 
         def denominator(block: Block, at: Mapping[str, float | Tensor], scratch: Scratch, dtype: torch.dtype) -> Tensor:
             """A + C of a block."""
-            length = _block(at.get(block.name, 0.0), block.start, block.stop, dtype)
+            length = _block(at.get(block.name, 0.0), block.start, block.stop, dtype, device)
             return self._scaled_variance(block, scratch, dtype).add_(length)
 
         def through(vector: Tensor) -> Tensor:
             """(I + U^T (A + C)^-1 U) vector."""
             combination = vector.to(work)
+            tables = None if small else self._fused(given)
 
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
                 rows, whole = self._some_rows(block, scratch, work), denominator(block, step, scratch, work)
                 image = torch.mv(rows.T, combination, out=scratch.take("image", whole.shape, work)).div_(whole)
                 self._add_weighted(total, torch.mv(rows, image), block.name)
 
-            out = self._sweep(visit, (self.rank,), work)
+            out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,), work)
             return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
 
         def factorise(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> None:
@@ -405,7 +402,8 @@ class LowRankGaussian:
             scaled = self._offset(block, flat[block.name], scratch, work).div_(denominator(block, step, scratch, work))
             self._add_weighted(total, torch.mv(self._some_rows(block, scratch, work), scaled), block.name)
 
-        right = self._sweep(project, (self.rank,), work)
+        tables = None if small else self._fused(given)
+        right = tables.project(flat, step) if tables else self._sweep(project, (self.rank,), work)
         right = low_rank * (right if self._sum is None else self._sum(right))
         if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
             return torch.full_like(right, math.nan)
@@ -506,12 +504,16 @@ class LowRankGaussian:
         flat = {name: vectors[name].detach().reshape(-1) for name in self.names}
         types = {name: torch.promote_types(tensor.dtype, torch.float32) for name, tensor in flat.items()}
         work = self._elementwise(vectors)
-        product = {name: torch.empty(t.numel(), dtype=types[name], device=t.device) for name, t in flat.items()}
+        product = {name: torch.empty(t.numel(), dtype=types[name], device=device) for name, t in flat.items()}
 
         def vector(block: Block, scratch: Scratch) -> Tensor:
             values = flat[block.name][block.start : block.stop]
             dtype = types[block.name]
-            return values if values.dtype == dtype else scratch.take("vector", values.shape, dtype).copy_(values)
+            return (
+                values
+                if values.dtype == dtype and values.device == device
+                else scratch.take("vector", values.shape, dtype).copy_(values)
+            )
 
         def project(block: Block, scratch: Scratch, total: Tensor) -> None:
             rows = self._some_rows(block, scratch, types[block.name])
@@ -740,22 +742,23 @@ class LowRankGaussian:
 
     # ----------------------------------------------------------------------------------------------------- internals
 
-    def _evaluate(self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None) -> Tensor:
-        """The penalty; `emit(name, start, stop, values)` receives the gradient block by block, flat.
-
-        It may be called in several threads, for different blocks, and may change `values`, which are overwritten later.
-        """
+    def _evaluate(
+        self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None, share: float | Tensor = 1.0
+    ) -> Tensor:
+        """The penalty; adds share * gradient to `into`, name -> (n,), flat and contiguous."""
         device = self._device()
         with torch.autocast(device.type, enabled=False):  # an autocast region around us would multiply in bfloat16
-            return self._evaluate_in_full(theta, emit, device)
+            return self._evaluate_in_full(theta, into or {}, share, device)
 
     def _evaluate_in_full(
-        self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None, device: torch.device
+        self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], share: float | Tensor, device: torch.device
     ) -> Tensor:
+        share = share.to(device) if isinstance(share, Tensor) else share
         accumulator = _accumulator(device)
         low_rank = self._low_rank_scale()
         factor = self._cholesky()
         flat = {name: theta[name].detach().reshape(-1) for name in self.names}
+        tables = self._fused([*flat.values(), *into.values()])
         z = torch.zeros(self.rank, dtype=accumulator, device=device)
         if factor is not None:
 
@@ -766,7 +769,7 @@ class LowRankGaussian:
                 scaled.div_(self._scaled_variance(block, scratch, dtype))
                 self._add_weighted(total, torch.mv(self._some_rows(block, scratch, dtype), scaled), block.name)
 
-            z = self._sweep(project, (self.rank,), self._elementwise(theta))
+            z = tables.project(flat) if tables else self._sweep(project, (self.rank,), self._elementwise(theta))
             if self._sum is not None:
                 self._sum(z)
             z = torch.cholesky_solve((low_rank * z).unsqueeze(1), factor).squeeze(1)
@@ -781,10 +784,13 @@ class LowRankGaussian:
             gradient = self._scaled_variance(block, scratch, dtype)
             torch.div(residual, gradient, out=gradient)
             self._add_weighted(total, _dot(residual, gradient), block.name)
-            if emit is not None:
-                emit(*block, gradient)
+            if block.name in into:
+                _add_scaled_(into[block.name][block.start : block.stop], gradient, share)
 
-        total = self._sweep(residual_and_gradient, (), self._elementwise(theta))
+        if tables:
+            total = tables.finish(flat, None if factor is None else low_rank * z, into, share)
+        else:
+            total = self._sweep(residual_and_gradient, (), self._elementwise(theta))
         if self._sum is not None:
             self._sum(total)
         return 0.5 * (total + z.square().sum())
@@ -882,6 +888,21 @@ class LowRankGaussian:
         device = self._device()
         return sweep(self._chunks[small], visit, shape, dtype=_accumulator(device), device=device, numbers=numbers)
 
+    def _fused(self, given: Sequence[Tensor]) -> Tables | None:
+        """The kernels' view of this Gaussian, if they can do the work with what is given; see fused.py."""
+        device = self._device()
+        stored = [*self.mean.values(), *self.variance.values(), *self.deviations.values()]
+        if not is_available(device) or not takes([*stored, *given], device) or not all(t.is_contiguous() for t in given):
+            return None
+        if self._tables is None:
+            operands = {}
+            for name, mean in self.mean.items():
+                rows = self.deviations[name].reshape(self.rank, -1).contiguous() if self.deviations else None
+                operands[name] = mean.reshape(-1).contiguous(), self.variance[name].reshape(-1).contiguous(), rows
+            weights = {name: self._weight(name) for name in self.names}
+            self._tables = Tables(operands, weights, factor=self.scale * self.diagonal_weight, eps=self.eps)
+        return self._tables
+
     def _work_type(self, theta: Tensor, name: str) -> torch.dtype:
         """The type of the elementwise work on one tensor: float32 or wider."""
         return torch.promote_types(torch.promote_types(theta.dtype, self.mean[name].dtype), torch.float32)
@@ -891,7 +912,7 @@ class LowRankGaussian:
         mean = self._views[block][0]
         theta = flat[block.start : block.stop]
         out = scratch.take("offset", mean.shape, dtype)
-        if torch.promote_types(theta.dtype, mean.dtype) == dtype:
+        if torch.promote_types(theta.dtype, mean.dtype) == dtype and theta.device == mean.device:
             return torch.sub(theta, mean, out=out)
         return out.copy_(theta).sub_(mean)  # torch would subtract two bfloat16 tensors in bfloat16
 
@@ -954,6 +975,14 @@ class _PenaltyFunction(torch.autograd.Function):
         return (None, *((g * output.to(g.dtype)).to(dtype) for g, dtype in pairs))
 
 
+def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
+    """out += factor * values, rounded to the type of `out` once; `values` may be overwritten."""
+    if out.dtype == values.dtype and out.device == values.device and not isinstance(factor, Tensor):
+        out.add_(values, alpha=factor)
+    else:
+        out += values.mul_(factor).to(out)
+
+
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """The inner product of two flat tensors, 0-d: in float32 in pieces, so that rounding does not grow with their length."""
     if left.dtype == torch.float64 or left.numel() <= _PIECE:
@@ -963,11 +992,11 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return parts.sum(dtype=_accumulator(left.device)) + torch.dot(left[whole:], right[whole:])
 
 
-def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype) -> float | Tensor:
+def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """The part of a step length (a number, 0-d, or flat) that belongs to one block."""
     if not isinstance(length, Tensor):
         return length
-    return (length[start:stop] if length.ndim else length).to(dtype)
+    return (length[start:stop] if length.ndim else length).to(device=device, dtype=dtype)
 
 
 def _nearby(step: Mapping[str, float | Tensor]) -> tuple[Mapping[str, float | Tensor], tuple[tuple[str, float], ...] | None]:
