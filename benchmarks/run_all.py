@@ -37,7 +37,7 @@ class Benchmark:
     """A file beside this one."""
 
     name: str
-    device: bool = False  # whether it takes --device and --threads
+    device: bool = False  # whether it takes --device
     long: bool = False  # only with BENCH_ALL=1, or by name
 
 
@@ -46,7 +46,7 @@ BENCHMARKS = (
     Benchmark("bandwidth", device=True),
     Benchmark("growth", device=True),
     Benchmark("trainer_step", device=True),
-    Benchmark("swag_snapshot"),
+    Benchmark("swag_snapshot", device=True),
     Benchmark("load"),
     Benchmark("sharded"),
     Benchmark("billion", long=True),
@@ -64,7 +64,7 @@ def main() -> int:
     made.add_argument(
         "--device", choices=("cpu", "cuda"), help="for those that can run on both (default: cuda if there is one)"
     )
-    made.add_argument("--threads", type=int, help="threads of torch for the same")
+    made.add_argument("--threads", type=int, help="threads of torch (default: as many as torch takes here)")
     made.add_argument("--timeout", type=float, default=3600, help="seconds for each (default: %(default)s)")
     given = made.parse_args()
     everything = bool(os.environ.get("BENCH_ALL"))
@@ -91,8 +91,9 @@ def main() -> int:
 def run(one: Benchmark, given: argparse.Namespace, results: Path) -> bool:
     """Run one and keep its figures under its machine's kind; whether it worked."""
     options = ["--quick"] if given.quick else []
-    if one.device:
-        options += [f"--{key}={value}" for key in ("device", "threads") if (value := getattr(given, key)) is not None]
+    for key in ("device", "threads") if one.device else ("threads",):
+        if (value := getattr(given, key)) is not None:
+            options.append(f"--{key}={value}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(":")}
     print(f"\n== {one.name}", flush=True)
     began, lines = time.monotonic(), deque[str](maxlen=15)
