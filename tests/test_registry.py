@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -111,6 +112,20 @@ def test_a_prior_comes_back_from_the_hub_bit_for_bit(cache, rank, deviations, sh
     if rank:
         assert_same(load(result.repo_id, cache, rank=1, verify=False), prior.truncated(1))
         assert_same(load(result.repo_id, cache, scale=7.0), prior.rescaled(7.0))
+
+
+def test_the_files_of_a_large_prior_are_fetched_side_by_side(repo, cache, monkeypatch):
+    prior = random_prior(rank=3)
+    prior.push_to_hub(repo, **SHARDS)
+    plain, two = HfApi.hf_hub_download, threading.Barrier(2, timeout=20)
+
+    def together(self, repo_id, filename, **options):
+        if "prior-00001-of" in filename or "prior-00002-of" in filename:
+            two.wait()  # broken unless two are under way at a time
+        return plain(self, repo_id, filename, **options)
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", together)
+    assert_same(load(repo, cache), prior)
 
 
 def test_a_push_is_one_commit_of_configuration_weights_and_card(hub):

@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ __all__ = [
 
 LIBRARY_NAME = "prior-hub"
 _LARGE_PUSH = 256_000_000  # bytes
+_DOWNLOADS = 8  # files at a time
 _PUSH_TRIES = 3
 _PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
@@ -132,7 +134,8 @@ def download_prior(
     config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, again)
     config = PriorConfig.from_json(read_bounded(config_path), where=f"{CONFIG_NAME} of {repo_id}")
     names = [*config.weight_files, *([INDEX_NAME] if len(config.weight_files) > 1 else [])]
-    for name in names:
+
+    def fetch(name: str) -> None:
         path = config_path.parent / name
         damaged = repair and not (path.is_file() and config.weight_files.get(name) == file_sha256(path))
         with _explained(repo_id, revision, subfolder):
@@ -144,6 +147,10 @@ def download_prior(
                 local_files_only=local_files_only,
                 force_download=force_download or damaged,
             )
+
+    with ThreadPoolExecutor(max_workers=_DOWNLOADS) as pool:  # as many as the client's snapshot_download
+        for fetched in [pool.submit(fetch, name) for name in names]:
+            fetched.result()
     return DownloadedPrior(config_path.parent, repo_id, str(commit))
 
 
