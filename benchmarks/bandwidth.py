@@ -56,6 +56,10 @@ def main() -> None:
         "add are the rates of the fastest way to read arrays of these sizes, and to add to one in place; limit is the time of "
         "the step's bytes at these rates."
     ]
+    if any(row["step / limit"] < 1 for row in rows) and not given.quick:
+        notes.append(
+            "A step below its limit: other processes took the memory while the limit was measured. It must be done again."
+        )
     finish("bandwidth", CLAIM, rows, given.json, claims=claims, notes=notes, device=given.device)
 
 
