@@ -46,8 +46,8 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## benchmarks, side by side
-	$(BIN)/python benchmarks/penalty.py
+bench: $(VENV)/.installed  ## benchmarks, figures into benchmarks/RESULTS.md, 25 minutes on 2 slow cores (BENCH_ALL=1: with the long ones)
+	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) .venv-lowest demo_output example_output .mypy_cache .ruff_cache .pytest_cache .hypothesis

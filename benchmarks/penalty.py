@@ -1,100 +1,227 @@
-"""One step of the penalty (value and gradient) against torch.distributions with autograd, side by side in one run.
+"""Penalty and gradient of one step against torch.distributions with autograd: time, peak memory, error.
 
-    python benchmarks/penalty.py [--parameters 11000000] [--rank 5] [--repeats 7]
+    python benchmarks/penalty.py --threads 2
+    python benchmarks/penalty.py --models resnet50 --ranks 20 --repeats 15
 
-Prints the machine, median seconds and the ratio, and how many digits of the value each keeps in float32 (against float64).
+The other side is what the code of the paper (hsouri/BayesianTransferLearning, priorBox/sghmc/losses.py) and of its
+re-examination (tufts-ml/bdl-transfer-learning, src/losses.py) does in every step: the parameters concatenated,
+LowRankMultivariateNormal(mean, deviations.t(), variance).log_prob, divided by N, and backward into `p.grad`. Ours is
+LowRankGaussian.add_gradient_ into the same gradients, with fp32 and with bf16 deviations.
+
+Time: median, all methods in turns, after the first step. Memory: the first two steps with all that is made for them, over the
+prior's own tensors, the weights and the gradients; on a CPU the kernel's high-water mark in a new process. Error: relative,
+of the value and (2-norm) of the gradient, against float64 on the same rows; "for bf16" also against the unrounded rows. What
+does not fit into the memory that is there is left out, with a line that says so.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import platform
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from common import Row, available_memory, finish, median_times, number, options, parser, peak_device_memory, peak_memory
+from problems import TYPES, Exact, Problem, Shapes, count, exact, gradient_errors, problem, shapes_of
 
-from prior_hub import LowRankGaussian
+CLAIM = (
+    "a step of the penalty is at least 4 times faster than concatenation, LowRankMultivariateNormal.log_prob and backward, "
+    "takes a third of its extra memory, and is right to 1e-5"
+)
+THEIRS = "torch.distributions + autograd"
+N = 1000
 
 
 def main() -> None:
-    """Print both comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=int, default=11_000_000, help="P; a ResNet-18 has 11 million (default)")
-    parser.add_argument("--rank", type=int, default=5, help="K, 5 in the published code (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="the median of so many is printed (default: %(default)s)")
-    arguments = parser.parse_args()
-    print(
-        f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    speed(arguments.parameters, arguments.rank, arguments.repeats)
-    accuracy(arguments.rank)
+    """Print and write the tables."""
+    made = parser(__doc__, devices=True)
+    made.add_argument("--models", nargs="+", help="resnet18, resnet50, bert, or a number P (default: 1e6 resnet50 bert)")
+    made.add_argument("--ranks", nargs="+", type=int, help="K (default: 5 20)")
+    made.add_argument("--no-memory", action="store_true", help="leave out peak memory, which needs new processes")
+    given = options(made)
+    models = given.models or (["1e4"] if given.quick else ["1e6", "resnet50", "bert"])
+    rows, notes = [], []
+    for model in models:
+        for rank in given.ranks or ([3] if given.quick else [5, 20]):
+            found, left_out = measure(model, rank, given)
+            rows += found
+            notes += left_out
+    judged = claims(rows, given.device)
+    rows += accuracy(1_000 if given.quick else 100_000, 5, given.device)
+    finish("penalty", CLAIM, rows, given.json, claims=judged, notes=notes, device=given.device)
 
 
-def speed(size, rank, repeats):
-    """Seconds of one step, side by side."""
-    mean, diagonal, rows, theta = problem(size, rank, variance=1e-4)
-    prior = LowRankGaussian({"w": mean}, {"w": diagonal}, {"w": rows}, diagonal_weight=1.0, low_rank_weight=1.0)
-    theirs = torch.distributions.LowRankMultivariateNormal(mean, rows.T.contiguous(), diagonal, validate_args=False)
-    gradient = torch.zeros_like(theta)
-    leaf = theta.clone().requires_grad_()
+# ------------------------------------------------------------------------------------------------- the two ways to do it
 
-    def ours_step():
-        prior.add_gradient_({"w": theta}, {"w": gradient}, 1e-3)
 
-    def theirs_step():
-        leaf.grad = None
-        (-theirs.log_prob(leaf) * 1e-3).backward()
+def our_step(of: Problem, dtype: torch.dtype = torch.float32) -> Callable[[], torch.Tensor]:
+    """One step as PriorPenalty takes it; returns the penalty."""
+    gaussian, theta, into = of.gaussian(dtype), of.split(of.theta), of.split(of.gradient)
+    return lambda: gaussian.add_gradient_(theta, into, 1 / N)
 
-    def read_everything():  # what memory alone costs: each number of the prior and the weights once
-        (rows.sum() + mean.sum() + diagonal.sum() + theta.sum()).item()
 
-    seconds = {}
-    for name, step in (
-        ("prior_hub", ours_step),
-        ("torch.distributions + autograd", theirs_step),
-        ("one read", read_everything),
-    ):
-        step()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        seconds[name] = statistics.median(times)
-    print(f"\none step, P = {size:,}, K = {rank}, float32, median of {repeats}:")
+class TheirStep:
+    """One step as the published code takes it; `rows` is (K, P)."""
+
+    def __init__(self, of: Problem, rows: torch.Tensor) -> None:
+        self.prior = torch.distributions.LowRankMultivariateNormal(of.mean, rows.t(), of.diagonal)
+        self.of = of
+        self.leaves = [tensor.detach().requires_grad_() for tensor in of.split(of.theta).values()]
+        for leaf, gradient in zip(self.leaves, of.split(of.gradient).values(), strict=True):
+            leaf.grad = gradient
+
+    def __call__(self) -> torch.Tensor:
+        """The loss's part, its gradient into `p.grad`."""
+        loss = -self.prior.log_prob(torch.cat([leaf.flatten() for leaf in self.leaves])).sum() / N
+        loss.backward()
+        return loss.detach()
+
+    def value(self) -> float:
+        """The quadratic form: the log density at the mean minus that here, without the normaliser that no gradient has."""
+        return float(self.prior.log_prob(self.of.mean).double() - self.prior.log_prob(self.of.theta).double())
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def measure(model: str, rank: int, given: Any) -> tuple[list[Row], list[str]]:
+    """Rows of one model and K, and what was left out."""
+    shapes, notes, where = shapes_of(model), [], f"{model}, K = {rank}"
+    size = count(shapes)
+    base = 4 * size * (5 + rank)
+    room = free_memory(given.device)
+    if room < 1.1 * base + 2 * size * rank:
+        return [], [f"{where}: left out, it needs {number(1.1e-9 * base)} GB and {number(1e-9 * room)} are free"]
+    of = problem(shapes, rank, device=given.device)
+    wanted = {f"prior_hub, {name}": dtype for name, dtype in TYPES.items()}
+    steps = {name: our_step(of, dtype) for name, dtype in wanted.items()}
+    # another copy of the rows, flat, W^T / D of the same size, and ten vectors or so
+    theirs = 4 * size * (2 * rank + 10)
+    room = free_memory(given.device)
+    if room > theirs:
+        steps[THEIRS] = TheirStep(of, of.flat_rows())
+    else:
+        notes.append(
+            f"{where}: {THEIRS} left out, it needs {number(1e-9 * theirs)} GB beside the prior (2 K + 10 vectors of P) and "
+            f"{number(1e-9 * room)} are free"
+        )
+    wrong = errors(of, steps, wanted)
+    seconds = median_times(steps, given.repeats)
+    del steps, of
+    memory = dict.fromkeys(seconds) if given.no_memory else peaks(shapes, rank, seconds, wanted, given, notes)
+    rows: list[Row] = []
     for name, value in seconds.items():
-        print(f"  {name:<32} {value * 1e3:8.1f} ms   {value / seconds['prior_hub']:5.2f} x prior_hub")
+        row: Row = {"table": "One step", "model": model, "P": size, "K": rank, "method": name, "ms": 1e3 * value}
+        row["times faster"] = seconds[THEIRS] / value if THEIRS in seconds else None
+        row["extra MB"] = None if memory[name] is None else 1e-6 * memory[name]
+        rows.append(row | wrong[name])
+    return rows, notes
 
 
-def accuracy(rank):
-    """Digits of the float32 penalty at an exact draw of the prior."""
-    print("\nrelative error of the float32 penalty of an exact draw (P = 100,000), against float64:")
-    print("  variance   prior_hub    torch.distributions")
+def errors(of: Problem, steps: dict[str, Callable[[], torch.Tensor]], types: dict[str, torch.dtype]) -> dict[str, Row]:
+    """Columns of errors for each method."""
+    found: dict[torch.dtype, Exact] = {dtype: exact(of, dtype) for dtype in set(types.values())}
+    columns: dict[str, Row] = {}
+    for name, step in steps.items():
+        dtype = types.get(name, torch.float32)
+        of.gradient.zero_()
+        value = float(step())
+        if isinstance(step, TheirStep):
+            value = step.value()
+        gradient = {name: of.gradient * N}
+        right = found[dtype]
+        columns[name] = {
+            "error of value": abs(value / right.value - 1),
+            "of gradient": gradient_errors(of, right, gradient, dtype)[name],
+        }
+        if dtype != torch.float32:
+            unrounded = found[torch.float32]
+            columns[name]["value, for bf16"] = abs(value / unrounded.value - 1)
+            columns[name]["gradient, for bf16"] = gradient_errors(of, unrounded, gradient, torch.float32)[name]
+    return columns
+
+
+def peaks(
+    shapes: Shapes, rank: int, methods: Any, types: dict[str, torch.dtype], given: Any, notes: list[str]
+) -> dict[str, int | None]:
+    """Extra bytes of each method."""
+    found: dict[str, int | None] = dict.fromkeys(methods)
+    for name in list(methods)[:1] if given.quick else methods:
+        first = partial(two_steps, types.get(name))
+        before = partial(prepared, shapes, rank, types.get(name), given.device)
+        if given.device == "cuda":
+            state = before()
+            found[name] = peak_device_memory(partial(first, state))
+            del state
+        else:
+            try:
+                found[name] = peak_memory(first, before)
+            except Exception as error:  # noqa: BLE001  a process killed for want of memory is a result
+                notes.append(f"{name}, P = {count(shapes):,}, K = {rank}: no peak memory, {type(error).__name__}: {error}")
+                found[name] = None
+    return found
+
+
+def prepared(shapes: Shapes, rank: int, dtype: torch.dtype | None, device: str) -> tuple[Problem, torch.Tensor | None]:
+    """What is there before a step: tensors of the prior in the form that the method takes, weights, gradients."""
+    of = problem(shapes, rank, device=device)
+    if dtype is None:
+        rows = of.flat_rows()
+        of.rows.clear()
+        return of, rows
+    of.rows = {name: of.rows.pop(name).to(dtype) for name in shapes}
+    return of, None
+
+
+def two_steps(dtype: torch.dtype | None, state: tuple[Problem, torch.Tensor | None]) -> Any:
+    """The first two steps; returns what lasts."""
+    of, rows = state
+    step = our_step(of, dtype or torch.float32) if rows is None else TheirStep(of, rows)
+    step()
+    step()
+    return step
+
+
+def free_memory(device: str) -> float:
+    """Bytes, a tenth kept."""
+    return 0.9 * (torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory())
+
+
+def accuracy(size: int, rank: int, device: str) -> list[Row]:
+    """Errors at an exact draw as variances fall and the deviations stay: where Woodbury's difference loses its digits."""
+    rows: list[Row] = []
     for variance in (1e-2, 1e-4, 1e-6):
-        mean, diagonal, rows, _ = problem(100_000, rank, variance=variance)
-        prior = LowRankGaussian({"w": mean}, {"w": diagonal}, {"w": rows}, diagonal_weight=1.0, low_rank_weight=1.0)
-        draw = prior.sample(generator=torch.Generator().manual_seed(1))["w"]
-        values = []
-        for dtype in (torch.float64, torch.float32):
-            m, d, r, x = (t.to(dtype) for t in (mean, diagonal, rows, draw))
-            there = torch.distributions.LowRankMultivariateNormal(m, r.T, d, validate_args=False)
-            # the quadratic form alone: the density at the draw against the density at the mean
-            values.append(2 * (there.log_prob(m) - there.log_prob(x)).double().item() / 2)
-        exact = values[0]
-        ours = prior.penalty({"w": draw}).item()
-        print(f"  {variance:8.0e}   {abs(ours / exact - 1):9.1e}    {abs(values[1] / exact - 1):9.1e}")
+        of = problem({"w": (size,)}, rank, device=device, variance=variance)
+        steps = {"prior_hub, fp32": our_step(of), THEIRS: TheirStep(of, of.flat_rows())}
+        for name, columns in errors(of, steps, {"prior_hub, fp32": torch.float32}).items():
+            title = f"As variances fall (P = {size:,}, K = {rank}, deviations of 0.03, the weights an exact draw)"
+            rows.append({"table": title, "variance": f"{variance:.0e}", "method": name} | columns)
+    return rows
 
 
-def problem(size, rank, *, variance):
-    """(mean, diagonal, rows, theta) of a given size; theta is a few standard deviations from the mean."""
-    g = torch.Generator().manual_seed(0)
-    mean = torch.randn(size, generator=g)
-    diagonal = variance * torch.rand(size, generator=g).add_(0.5)
-    rows = torch.randn(rank, size, generator=g) * math.sqrt(1e-3)
-    theta = mean + torch.randn(size, generator=g) * math.sqrt(variance)
-    return mean, diagonal, rows, theta
+def claims(rows: list[Row], device: str) -> list[dict[str, Any]]:
+    """The issue's, which are about ResNet-50's tensors."""
+    found: list[dict[str, Any]] = []
+    by = {(row["K"], row["method"]): row for row in rows if row["model"] == "resnet50"}
+
+    def add(claim: str, value: float | None, unit: str, met: bool | None) -> None:
+        measured = "not measured" if value is None else f"{number(value)}{unit}"
+        found.append({"claim": f"P = 23.5e6, {claim}", "measured": measured, "met": met})
+
+    for rank, method, least in ((5, "fp32", 4), (20, "fp32", 4), (20, "bf16", 6)):
+        row = by.get((rank, f"prior_hub, {method}"))
+        if row is None:
+            continue
+        times, what = row["times faster"], f"K = {rank}, {method} deviations"
+        if device == "cpu":
+            add(f"{what}: at least {least} times faster", times, " times", None if times is None else times >= least)
+        other = by.get((rank, THEIRS))
+        if other and row["extra MB"] is not None and other["extra MB"]:
+            share = row["extra MB"] / other["extra MB"]
+            add(f"{what}: at most a third of the extra peak memory", share, " of it", share <= 1 / 3)
+        worst = max(row["error of value"], row["of gradient"])
+        add(f"{what}: relative error of value and gradient below 1e-5", worst, "", worst < 1e-5)
+    return found
 
 
 if __name__ == "__main__":

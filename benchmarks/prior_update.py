@@ -19,16 +19,15 @@ of weights, beside the gradient form, with learning rates from a cosine schedule
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
 import statistics
-import time
 
 import torch
+from common import finish, options, parser, times
 
 from prior_hub import LowRankGaussian, PriorModel, PriorPenalty
 
+CLAIM = "a proximal step of the prior reaches the MAP solution at every learning rate at which the data's part is stable"
 N, SIZE, RANK = 100, 200, 5
 OPTIMIZERS = {
     "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr),
@@ -97,8 +96,8 @@ def error(form: str, optimizer_name: str, rate: float, steps: int, noise: float 
     return ((w.detach() - solution).norm() / solution.norm()).item()
 
 
-def cost(size: int, rank: int, repeats: int) -> None:
-    """Seconds of one step of each form."""
+def cost(size: int, rank: int, repeats: int) -> list[dict]:
+    """Rows: seconds of one step of each form."""
     g = torch.Generator().manual_seed(0)
     mean, variance = torch.randn(size, generator=g), 1e-8 * 10 ** (4 * torch.rand(size, generator=g))
     gaussian = LowRankGaussian({"w": mean}, {"w": variance}, {"w": 0.01 * torch.randn(rank, size, generator=g)})
@@ -115,40 +114,45 @@ def cost(size: int, rank: int, repeats: int) -> None:
         "implicit, cosine schedule": lambda: gaussian.proximal_step_({"w": theta}, {"w": at(150 + next(turn))}),
         "implicit, elementwise (Adam)": lambda: gaussian.proximal_step_({"w": theta}, {"w": lengths * 0.99 ** next(turn)}),
     }
-    print(f"\none step, P = {size:,}, K = {rank}, float32, median and mean of {repeats}:")
-    base = None
-    for name, step in forms.items():
-        step()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        middle, mean_time = statistics.median(times), statistics.fmean(times)
-        base = base or middle
-        print(f"  {name:<30} {middle * 1e3:8.1f} ms {mean_time * 1e3:8.1f} ms   {middle / base:5.2f} x gradient")
+    found = times(forms, repeats)
+    base = statistics.median(found["gradient"])
+    return [
+        {
+            "table": f"One step, P = {size:,}, K = {rank}, float32",
+            "form": name,
+            "ms (median)": 1e3 * statistics.median(values),
+            "ms (mean)": 1e3 * statistics.fmean(values),
+            "times the gradient's": statistics.median(values) / base,
+        }
+        for name, values in found.items()
+    ]
+
+
+def accuracy(steps: int) -> list[dict]:
+    """Rows: how far each form is from the solution."""
+    rows = []
+    for noise, what in ((0.0, "|theta - MAP| / |MAP - mean|"), (0.1, "Excess objective with gradient noise, nats per example")):
+        for name, rates in RATES.items():
+            for rate in rates:
+                row: dict = {"table": f"{what}, {steps} steps", "optimizer": name, "learning rate": rate}
+                for form in ("gradient", "linearly implicit", "proximal"):
+                    found = error(form, name, rate, steps, noise)
+                    row[form] = f"{found:.1e}" if found < 1e9 else "diverged"
+                rows.append(row)
+    return rows
 
 
 def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="steps on the quadratic (default: %(default)s)")
-    parser.add_argument("--parameters", type=int, default=11_000_000, help="P of the timing (default: a ResNet-18's)")
-    parser.add_argument("--rank", type=int, default=20, help="K of the timing (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="the median of so many is printed (default: %(default)s)")
-    options = parser.parse_args()
-    print(f"machine: {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"condition number of Sigma {Problem().solution()[1]:.0e}")
-    for noise, what in ((0.0, "|theta - MAP| / |MAP - mean|"), (0.1, "excess objective with gradient noise, nats per example")):
-        print(f"\n{what}, {options.steps} steps:")
-        print(f"{'':<20}{'rate':>8}{'gradient':>12}{'linearly implicit':>20}{'proximal':>12}")
-        for name, rates in RATES.items():
-            for rate in rates:
-                forms = ("gradient", "linearly implicit", "proximal")
-                found = [error(form, name, rate, options.steps, noise) for form in forms]
-                told = ["diverged" if not e < 1e9 else f"{e:.1e}" for e in found]
-                print(f"{name:<20}{rate:>8g}{told[0]:>12}{told[1]:>20}{told[2]:>12}")
-    cost(options.parameters, options.rank, options.repeats)
+    """Print and write the tables."""
+    made = parser(__doc__, repeats=20)
+    made.add_argument("--steps", type=int, help="steps on the quadratic (default: 2000)")
+    made.add_argument("--parameters", type=int, help="P of the timing (default: a ResNet-18's, 11 million)")
+    made.add_argument("--rank", type=int, default=20, help="K of the timing (default: %(default)s)")
+    given = options(made)
+    rows = accuracy(given.steps or (40 if given.quick else 2000))
+    rows += cost(given.parameters or (10_000 if given.quick else 11_000_000), given.rank, given.repeats)
+    notes = [f"Condition number of Sigma on the quadratic: {Problem().solution()[1]:.0e}."]
+    finish("prior_update", CLAIM, rows, given.json, notes=notes)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ prior, where only BAOA(prior=...) knows it. Without `posteriors` its columns are
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
 import statistics
 import time
 import warnings
 
 import torch
+from common import finish, options, parser
 
 from prior_hub import LowRankGaussian
 from prior_hub.inference.baoa import BAOA, BoundGaussian
@@ -37,34 +36,34 @@ from prior_hub.inference.sgld import SGLD
 WIDTH, NUM_DATA = 8, 100
 
 
+CLAIM = "the samplers' stationary error is not larger than that of the library posteriors, nor is the time of a step"
+
+
 def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chains", type=int, default=5_000, help="parallel chains (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="gradients per chain (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="runs with other seeds, pooled; time is their median (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    """Print and write both tables."""
+    made = parser(__doc__, repeats=3)
+    made.add_argument("--chains", type=int, help="parallel chains (default: 5000)")
+    made.add_argument("--steps", type=int, help="gradients per chain (default: 200)")
+    given = options(made)
+    torch.set_num_threads(given.threads or 1)
     library = posteriors()
-    version = "not installed" if library is None else installed_version()
-    machine = platform.processor() or platform.machine()
-    print(f"machine: {machine}, {cpu_name()}, 1 thread, torch {torch.__version__}, posteriors {version}")
-    gaussian(library, arguments.chains, arguments.steps, arguments.repeats)
-    stiff()
+    chains, steps = given.chains or (50 if given.quick else 5_000), given.steps or (5 if given.quick else 200)
+    rows = gaussian(library, chains, steps, given.repeats) + stiff(steps=40 if given.quick else 4000)
+    chance = chance_of_eigenvalues(chains * given.repeats)
+    notes = [
+        "Covariance: largest |eigenvalue - 1| of (exact^-1 found), of which chance alone gives about "
+        f"{chance:.3f}. Mean: root of mean square in standard errors (chance: 1). The library: posteriors "
+        f"{'(not installed)' if library is None else installed_version()}."
+    ]
+    finish("samplers", CLAIM, rows, given.json, notes=notes)
 
 
 def gaussian(library, chains, steps, repeats):
-    """Stationary error on a Gaussian, and the time of a step."""
+    """Rows: stationary error on a Gaussian, and the time of a step."""
     hessian, mode = target()
     top = float(torch.linalg.eigvalsh(hessian).max())
     exact = torch.linalg.inv(hessian) / NUM_DATA
-    print(f"\nGaussian, {WIDTH} weights, N = {NUM_DATA}, {repeats} x {chains:,} chains, {steps} gradients each; median time.")
-    print("Covariance: largest |eigenvalue - 1| of (exact^-1 found). Mean: root of mean square in standard errors (chance: 1).")
-    print(f"Chance alone gives a covariance error of about {chance_of_eigenvalues(chains * repeats):.3f}.\n")
-    print("| sampler | friction | lr h | covariance, ours | theirs | mean, ours | theirs | ms, ours | theirs | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
     for name, friction, moved in (
         ("SGLD", None, 0.05),
         ("SGLD", None, 0.5),
@@ -85,16 +84,16 @@ def gaussian(library, chains, steps, repeats):
                 weights, seconds = theirs(library, name, lr, friction, hessian, mode, chains, steps, seed)
                 draws["theirs"].append(weights)
                 times["theirs"].append(seconds)
-        cells = {"ours": ("", "", ""), "theirs": ("", "", "")}
-        for who, found in draws.items():
-            if found:
-                covariance, mean = errors(torch.cat(found), mode, exact)
-                diverges = not covariance < 100
-                told = ("diverges", "") if diverges else (f"{covariance:.3f}", f"{mean:.2f}")
-                cells[who] = (*told, f"{1e3 * statistics.median(times[who]):.2f}")
-        ratio = f"{statistics.median(times['theirs']) / statistics.median(times['ours']):.2f}" if library is not None else ""
-        pairs = " | ".join(f"{a} | {b}" for a, b in zip(cells["ours"], cells["theirs"], strict=True))
-        print(f"| {name} | {'' if friction is None else friction} | {moved} | {pairs} | {ratio} |", flush=True)
+        title = f"Gaussian, {WIDTH} weights, N = {NUM_DATA}, {repeats} x {chains:,} chains, {steps} gradients each; median time"
+        row = {"table": title, "sampler": name, "friction": friction, "lr h": moved}
+        found = {who: errors(torch.cat(parts), mode, exact) for who, parts in draws.items() if parts}
+        for i, what in enumerate(("covariance", "mean")):
+            row |= {f"{what}, {who}": values[i] if values[0] < 100 else None for who, values in found.items()}
+        row |= {f"ms, {who}": 1e3 * statistics.median(times[who]) for who in found}
+        row["theirs / ours"] = statistics.median(times["theirs"]) / statistics.median(times["ours"]) if library else None
+        row["diverges"] = ", ".join(who for who, values in found.items() if not values[0] < 100)
+        rows.append(row)
+    return rows
 
 
 def target():
@@ -175,7 +174,7 @@ def chance_of_eigenvalues(chains):
 
 
 def stiff(size=12, rank=3, steps=4000):
-    """A prior with standard deviations over five magnitudes and a likelihood that sees combinations of weights.
+    """Rows: a prior with standard deviations over five magnitudes and a likelihood that sees combinations of weights.
 
     SGLD, SGHMC and BAOA take the penalty's gradient, at half of the largest stable learning rate, which the prior's
     narrowest direction sets; BAOA(prior=...) is at half of its own, which only the likelihood sets.
@@ -198,13 +197,13 @@ def stiff(size=12, rank=3, steps=4000):
     mean = posterior @ (NUM_DATA * whitened @ (inverse @ (mode - gaussian.mean["w"])))
     full = inverse.T @ (torch.eye(size) / NUM_DATA + whitened) @ inverse
     top = float(torch.linalg.eigvalsh(full).max())
-    print(
-        f"\nStiff low-rank prior: {size} weights, K = {rank}, condition number {float(torch.linalg.cond(sigma)):.0e}, ", end=""
+    condition = float(torch.linalg.cond(sigma))
+    title = (
+        f"Stiff low-rank prior: {size} weights, K = {rank}, condition number {condition:.0e}, N = {NUM_DATA}, {steps:,} "
+        "gradients from the prior's mean, the first quarter left out; time averages of one chain, median over 3 seeds; errors "
+        "in coordinates in which the posterior is standard normal"
     )
-    print(f"N = {NUM_DATA}, {steps:,} gradients from the prior's mean, the first quarter left out.")
-    print("Time averages of one chain, median over 3 seeds; errors in coordinates in which the posterior is standard normal.\n")
-    print("| sampler | lr | error of the variances (mean) | error of the mean (root of mean square, in standard deviations) |")
-    print("|---|---|---|---|")
+    rows = []
     scale = torch.linalg.inv(torch.linalg.cholesky(posterior))
     for name in ("SGLD", "SGHMC", "BAOA", "BAOA(prior)"):
         lr = {"SGLD": 1.0, "SGHMC": 1.9, "BAOA": 2.0, "BAOA(prior)": 2.0}[name] / (1.0 if name == "BAOA(prior)" else top)
@@ -215,7 +214,9 @@ def stiff(size=12, rank=3, steps=4000):
             standard = there @ scale.T
             errors_of.append((float((standard.var(0) - 1).abs().mean()), float(standard.mean(0).square().mean().sqrt())))
         variance_error, mean_error = (statistics.median(e[i] for e in errors_of) for i in (0, 1))
-        print(f"| {name} | {lr:.1e} | {variance_error:.3f} | {mean_error:.3f} |", flush=True)
+        row = {"table": title, "sampler": name, "lr": f"{lr:.1e}", "error of the variances (mean)": variance_error}
+        rows.append(row | {"error of the mean (root of mean square, in standard deviations)": mean_error})
+    return rows
 
 
 def one_chain(name, lr, gaussian, inverse, whitened, mode, steps, seed):
@@ -255,15 +256,6 @@ def installed_version():
     from importlib.metadata import version
 
     return version("posteriors")
-
-
-def cpu_name():
-    """As Linux calls it."""
-    try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown CPU"
 
 
 if __name__ == "__main__":

@@ -163,8 +163,12 @@ def _check(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prior = PriorModel.from_pretrained(arguments.prior, revision=arguments.revision, subfolder=arguments.subfolder)
-        stiffest = prior.gaussian.largest_precision()
         diagnosis = prior.diagnose()
+        if bounded := prior.num_parameters > _MOST_ITERATED:
+            smallest = diagnosis.variance_range[0]  # Sigma >= A, so that no precision is above 1 / (the smallest entry of A)
+            stiffest = 1 / (prior.scale * prior.gaussian.diagonal_weight * smallest + prior.gaussian.eps)
+        else:
+            stiffest = prior.gaussian.largest_precision()
     remarks = [str(item.message) for item in caught] + _remarks(prior.config) + list(diagnosis.remarks)
     finite = "hashes, names, shapes, types and values are right"
     if arguments.json:
@@ -181,7 +185,7 @@ def _check(arguments: argparse.Namespace) -> int:
             )
         )
     else:
-        print(f"{arguments.prior}: {prior!r}: {finite}; largest precision {stiffest:.3g}")
+        print(f"{arguments.prior}: {prior!r}: {finite}; largest precision {'at most ' if bounded else ''}{stiffest:.3g}")
         print("\n".join(f"  {line}" for line in str(dataclasses.replace(diagnosis, remarks=())).splitlines()))
         for remark in remarks:
             print(f"  note: {remark}")
@@ -301,6 +305,7 @@ def _remarks(config: PriorConfig) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 
+_MOST_ITERATED = 100_000_000  # values; Lanczos' iteration holds three vectors of them and reads the prior some 40 times
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 

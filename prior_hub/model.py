@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from prior_hub import __version__
-from prior_hub.distributed import copy_full_, is_sharded
+from prior_hub.distributed import agreed, copy_full_, first_on_its_host, is_sharded, process_index, told_by_rank_0
 from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
 from prior_hub.priors.adapters import adapter_remarks, refuse_other_adapter, refuse_other_scaling
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
-from prior_hub.priors.gaussian import LowRankGaussian, check_finite, truncated_weights
+from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
 from prior_hub.priors.legacy import legacy_files, read_legacy
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
-from prior_hub.registry.hub import PushResult, download_legacy, download_prior, upload_prior
+from prior_hub.registry.hub import PushResult, download_legacy, download_prior, scratch_folder, upload_prior
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 
@@ -105,8 +106,20 @@ class PriorModel:
         mean, variance = _apart(mean), _apart(variance)
         gaussian = LowRankGaussian(mean, variance, _apart(deviations or {}), **weights)  # type: ignore[arg-type]
         gaussian.check()
+        return cls._declared(gaussian, buffers, metadata)
+
+    @classmethod
+    def _declared(
+        cls,
+        gaussian: LowRankGaussian,
+        buffers: Mapping[str, Tensor] | None,
+        metadata: dict[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> PriorModel:
+        """The prior of a Gaussian, with a new configuration; `shapes` are the full ones where the Gaussian holds shards."""
+        metadata = dict(metadata)
         config = PriorConfig(
-            parameters={name: tuple(t.shape) for name, t in gaussian.mean.items()},
+            parameters={name: tuple(t.shape if shapes is None else shapes[name]) for name, t in gaussian.mean.items()},
             rank=gaussian.rank,
             scale=gaussian.scale,
             diagonal_weight=gaussian.diagonal_weight,
@@ -189,6 +202,41 @@ class PriorModel:
             repo_id, commit = name, downloaded.commit_hash
         prior = cls._from_stored(stored, rank, repo_id, commit, verify)
         return prior if scale is None else prior.rescaled(scale)
+
+    @classmethod
+    def from_pretrained_together(
+        cls,
+        pretrained_prior_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        verify: bool = True,
+        **arguments: Any,
+    ) -> PriorModel:
+        """As `from_pretrained`, called by all processes of a run at once: each file is verified once on each machine.
+
+        Rank 0 loads first and the others take the commit that it found; then one process on each other machine; these verify.
+        The rest wait and then map the files, of which they read what they use. If one fails, all raise.
+
+        Args:
+            pretrained_prior_name_or_path: as `from_pretrained`.
+            revision: the same.
+            verify: the same.
+            **arguments: the same.
+
+        Raises:
+            PriorHubError: as `from_pretrained`, on every rank.
+        """
+        rank, leads = process_index(), first_on_its_host()
+        load = partial(cls.from_pretrained, pretrained_prior_name_or_path, **arguments)
+        found = agreed(partial(load, revision=revision, verify=verify) if rank == 0 else None)
+        revision = told_by_rank_0(None if found is None else found.commit_hash) or revision
+        for leading in (True, False):
+            mine = rank != 0 and leads is leading
+            again = {} if leading else {"verify": False, "force_download": False}  # the files are there, and right
+            loaded = agreed(partial(load, **{"revision": revision, "verify": verify} | again) if mine else None)
+            found = loaded if mine else found
+        assert found is not None  # noqa: S101
+        return found
 
     @classmethod
     def from_legacy(
@@ -541,13 +589,24 @@ class PriorModel:
             OSError: the disk is full or not writable; nothing is lost.
         """
         folder = Path(save_directory).expanduser()
-        card_path = folder / CARD_NAME
-        existing = read_card(card_path) if card_path.is_file() else None
-        card = update_card(existing, render_card(self.config, repo_id=repo_id), previous=_config_in(folder))
-        self._write(folder, card, max_shard_size)
+        self._write(folder, self._card_in(folder, repo_id), max_shard_size)
         if not push_to_hub:
             return None
         return upload_prior(folder, repo_id or folder.resolve().name, **push_arguments)
+
+    def _card_in(self, folder: Path, repo_id: str | None = None) -> str:
+        """The card for a folder, with what a person wrote into the one that is there."""
+        path = folder / CARD_NAME
+        existing = read_card(path) if path.is_file() else None
+        return update_card(existing, render_card(self.config, repo_id=repo_id), previous=_config_in(folder))
+
+    def _save_parts(self, folder: Path, make: Callable[[str], Tensor], max_shard_size: int | str) -> PriorConfig:
+        """As `save_pretrained`, with tensors that `make(key)` makes as they are written; the prior's own are not looked at."""
+        kinds = ("mean", "variance", "deviations") if self.rank else ("mean", "variance")
+        keys = [f"{kind}.{name}" for name in self.config.parameters for kind in kinds]
+        tensors = _Made(keys, make, {f"buffer.{name}": tensor for name, tensor in self.buffers.items()})
+        card = {CARD_NAME: self._card_in(folder)}
+        return write_prior(folder, self.config, tensors, max_shard_size=max_shard_size, extra_files=card)
 
     def _write(self, folder: Path, card: str, max_shard_size: int | str) -> PriorConfig:
         tensors: dict[str, Tensor] = {}
@@ -557,8 +616,6 @@ class PriorModel:
             if self.deviations:
                 tensors[f"deviations.{name}"] = self.deviations[name]
         tensors |= {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
-        for name, variance in self.variance.items():
-            check_finite(f"variance of {name!r}", variance)  # else it would be called too small below
         self.gaussian.check_positive()
         return write_prior(folder, self.config, tensors, max_shard_size=max_shard_size, extra_files={CARD_NAME: card})
 
@@ -578,6 +635,9 @@ class PriorModel:
     ) -> PushResult:
         """Push the prior and its card in one commit; creates the repository if it is missing.
 
+        The files are written to a temporary folder first: from 256 MB on in the Hub client's own folder (HF_HOME), since
+        the system's may lie in memory; TMPDIR says otherwise.
+
         Args:
             repo_id: "organisation/name", or "name" under your own account.
             revision: branch to push to, created if missing; "main" when None.
@@ -593,7 +653,9 @@ class PriorModel:
         Raises:
             PriorAccessError, PriorConnectionError, PriorNotFoundError, PriorHubError: see `upload_prior`.
         """
-        with tempfile.TemporaryDirectory(prefix="prior-hub-push-") as folder:
+        kinds = (self.mean, self.variance, self.deviations, self.buffers)
+        size = sum(tensor.numel() * tensor.element_size() for tensors in kinds for tensor in tensors.values())
+        with tempfile.TemporaryDirectory(prefix="prior-hub-push-", dir=scratch_folder(size)) as folder:
             card = render_card(self.config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
             self._write(Path(folder), card, max_shard_size)
             return upload_prior(
@@ -619,6 +681,26 @@ class PriorModel:
             f"PriorModel({self.num_parameters:,} values in {len(self.mean)} tensors, rank={self.rank}, "
             f"scale={self.scale:g}{base})"
         )
+
+
+class _Made(Mapping[str, Tensor]):
+    """Tensors that are made each time they are asked for, and some that are there."""
+
+    def __init__(self, keys: Sequence[str], make: Callable[[str], Tensor], there: Mapping[str, Tensor]) -> None:
+        self._keys, self._make, self._there = dict.fromkeys(keys), make, there
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._there[key] if key in self._there else self._make(key)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would make the tensor
+        return key in self._there or key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._keys
+        yield from self._there
+
+    def __len__(self) -> int:
+        return len(self._keys) + len(self._there)
 
 
 def push_prior_to_hub(prior: PriorModel | str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushResult:

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import dense_covariance, dense_penalty, image_data, quiet_arguments, random_prior
 from safetensors.torch import load_file
-from worker_training import CLIP, IMPLICIT, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from worker_sharding import TRAININGS
+from worker_training import CLIP, IMPLICIT, LONG, NATIVE_FSDP2, ROWS, SAMPLED, SCENARIOS, STEPS, WATCHED, train
 
 from prior_hub import PriorModel, PriorTrainer
-from prior_hub.distributed import contribution, copy_full_, is_sharded, local_tensor, shard_like, sum_over_ranks
+from prior_hub.distributed import (
+    contribution,
+    copy_full_,
+    cut,
+    is_sharded,
+    local_tensor,
+    shard_like,
+    shard_slices,
+    sum_over_ranks,
+)
 
 torch.set_num_threads(1)
 
@@ -316,15 +334,61 @@ def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):
             assert "Use FSDP2" in message
 
 
+@fsdp2
+def test_twenty_sharded_steps_and_the_prior_learned_on_the_way_are_those_of_one_process_to_a_millionth(ranks, one_process):
+    """Every weight, mean, deviation and standard deviation, in the weights' own unit; none of them is above 2."""
+    (_, tensors), (_, other) = ranks
+    single = one_process("fsdp long")
+    assert len([entry for entry in single["facts"]["history"] if entry.get("step") == LONG]) > 0
+    for kind in ("weight", "mean", "deviations", "variance"):
+        ours, theirs = group(tensors, "fsdp long", kind), kind_of(single["tensors"], kind)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, group(other, "fsdp long", kind)[key])
+            pair = (tensor.sqrt(), theirs[key].sqrt()) if kind == "variance" else (tensor, theirs[key])
+            assert float((pair[0] - pair[1]).abs().max()) < 1e-6, f"{kind} of {key}"
+    final, start = group(tensors, "fsdp long", "weight"), group(tensors, "fsdp long", "start")
+    assert (flat(final, final) - flat(start, final)).abs().max() > 0.01
+    assert flat(group(tensors, "fsdp long", "deviations"), group(tensors, "fsdp long", "deviations")).abs().max() > 1e-3
+
+
+@fsdp2
+def test_each_of_two_ranks_holds_half_of_the_prior(ranks, folder):
+    prior = PriorModel.from_pretrained(folder / "prior" / "long")
+    everything = sum(
+        t.numel() * t.element_size() for k in ("mean", "variance", "deviations") for t in getattr(prior, k).values()
+    )
+    held = [facts["fsdp long"]["bytes"] for facts, _ in ranks]
+    assert sum(held) == everything
+    assert held == pytest.approx([everything / 2, everything / 2], rel=0.05)
+
+
+@fsdp2
+def test_swag_callback_writes_the_prior_of_a_sharded_model(ranks, folder):
+    written = PriorModel.from_pretrained(folder / "written")
+    for kind in ("mean", "variance", "deviations"):
+        gathered = group(ranks[0][1], "fsdp long", kind)
+        assert gathered.keys() == getattr(written, kind).keys()
+        assert all(torch.equal(tensor, gathered[name]) for name, tensor in getattr(written, kind).items())
+    assert written.config.estimator["every_n_steps"] == 1
+    assert written.config.source["dataset"] == "synthetic"
+
+
 # ------------------------------------------------------------------------------------------------------ shards of all kinds
 
 
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory) -> list[dict[str, dict]]:
-    """layout -> what `worker_sharding.check` found, per rank."""
+def sharding(tmp_path_factory) -> Path:
+    """Where `worker_sharding` has run."""
     path = tmp_path_factory.mktemp("sharding")
     start("worker_sharding.py", str(path), processes=None)
-    return [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    return path
+
+
+@pytest.fixture(scope="module")
+def layouts(sharding) -> list[dict[str, dict]]:
+    """layout -> what `worker_sharding.check` found, per rank."""
+    return [json.loads((sharding / f"rank-{rank}.json").read_text()) for rank in range(4)]
 
 
 LAYOUTS = ("FSDP2", "hybrid", "FSDP2 and tensor parallelism", "one layer only")
@@ -351,6 +415,181 @@ def test_the_layouts_are_those_that_need_a_test(layouts):
     seen = {layout: " ".join(layouts[0][layout]["placements"]) for layout in LAYOUTS}
     assert "Replicate(), Shard" in seen["hybrid"]
     assert "_StridedShard" in seen["FSDP2 and tensor parallelism"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trainings_of_four_processes_are_those_of_one_and_so_is_what_swag_learns(layouts, layout):
+    """By the prior's gradient, its implicit step, and a sampler at temperature 0; up to 20 steps, equal data on each rank."""
+    for found in layouts:
+        training = found[layout]["training"]
+        assert set(training["weights"]) == {update for update, _ in TRAININGS[layout]}
+        for update, difference in training["weights"].items():
+            assert training["moved"][update] > 0.05
+            assert difference < 1e-6, update
+            assert training["spread"][update] > 1e-5  # the snapshots differ by far more than the bound
+            assert training["swag"][update] < 1e-6, update
+
+
+def same_folder(folder: Path, other: Path) -> None:
+    ours, theirs = PriorModel.from_pretrained(folder), PriorModel.from_pretrained(other)
+    assert replace(ours.config, weight_files={}) == replace(theirs.config, weight_files={})
+    assert (folder / "README.md").read_text() == (other / "README.md").read_text()
+    for kind in ("mean", "variance", "deviations", "buffers"):
+        left, right = getattr(ours, kind), getattr(theirs, kind)
+        assert list(left) == list(right)
+        for name, tensor in left.items():
+            assert torch.equal(tensor, right[name]), f"{kind} of {name}"
+
+
+TWICE = [layout for layout, trainings in TRAININGS.items() if len(trainings) > 1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [*((layout, "in two files") for layout in LAYOUTS), *((layout, "whole") for layout in TWICE)]
+)
+def test_a_sharded_prior_is_written_as_it_is_gathered_without_any_rank_holding_it(sharding, layouts, layout, name):
+    same_folder(sharding / layout / name, sharding / layout / f"{name}, gathered")
+    for found in layouts:
+        assert found[layout]["training"][f"{name}: gathered"] <= found[layout]["training"]["largest"]  # values at a time
+    files = PriorModel.from_pretrained(sharding / layout / name).config.weight_files
+    assert len(files) > 1 if name == "in two files" else len(files) == 1
+
+
+@pytest.mark.parametrize("layout", TWICE)
+def test_a_sharded_prior_is_compressed_before_it_is_written(sharding, layouts, layout):
+    """Directions may differ in sign and rounding from those of the gathered prior; the covariance may not."""
+    place = sharding / layout
+    ours, theirs = (PriorModel.from_pretrained(place / name) for name in ("compressed", "compressed, gathered"))
+    assert 1 <= ours.rank == theirs.rank < 3
+    assert ours.config.estimator["spectrum"] == pytest.approx(theirs.config.estimator["spectrum"], rel=1e-3, abs=1e-12)
+    ours, theirs = dense_covariance(ours), dense_covariance(theirs)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    assert all(found[layout]["training"]["compressed: gathered"] <= found[layout]["training"]["largest"] for found in layouts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_rank_0_cannot_write_every_rank_raises(layouts, layout):
+    first, *others = (found[layout]["training"]["refused"] for found in layouts)
+    assert first.startswith("NotADirectoryError")
+    assert all("rank 0 could not go on" in said and "Not a directory" in said for said in others)
+
+
+def test_a_rank_holds_the_bytes_of_its_share_of_the_prior(layouts):
+    """Whole storages: no view keeps the mapped file or a full tensor alive. Mean, variance and 5 deviations in float32."""
+    for found in layouts:
+        all_bytes = found["loading"]["values"] * (2 + 5) * 4
+        assert found["loading"]["bytes"]["two shards"] == pytest.approx(all_bytes / 2, rel=0.05)
+        assert found["loading"]["bytes"]["four shards"] == pytest.approx(all_bytes / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("head", ["None", "0.5"])
+def test_a_step_sums_k_numbers_and_one_over_the_ranks_and_no_more(layouts, head):
+    for found in layouts:
+        assert found["loading"][f"sent with head variance {head}"] == [5, 1]
+
+
+def test_if_one_rank_cannot_load_the_prior_every_rank_raises(layouts):
+    first, *others = (found["loading"] for found in layouts)
+    assert first["damaged"].startswith("PriorFormatError: ")
+    assert "is not the file this prior was saved with" in first["damaged"]
+    for found in others:
+        assert found["damaged"].startswith("PriorFormatError: rank 0 could not go on")  # the same kind of error
+        assert "is not the file this prior was saved with" in found["damaged"]
+    assert [found["loading"]["not verified"] for found in layouts] == [""] * 4
+    alone = [found["loading"]["rank 2 alone"] for found in layouts]
+    assert alone[2] == "ZeroDivisionError: of rank 2"
+    assert all(alone[rank].startswith("PriorHubError: rank 2 could not go on") for rank in (0, 1, 3))
+    assert [found["loading"]["agreed"] for found in layouts] == [0, 1, 2, 3]
+
+
+@contextmanager
+def pretended(rank: int, world: int):
+    """This process as one of several that are not there: for what takes no communication."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements"),
+    [
+        ((5,), [Shard(0)]),
+        ((5,), [Shard(-1)]),
+        ((2, 3), [Shard(1), Shard(0)]),
+        ((2, 3), [Replicate(), Shard(1)]),
+        ((2, 3), [Shard(0), Shard(0)]),
+        ((2, 3), [_StridedShard(0, split_factor=3), Shard(0)]),
+        ((3, 2), [_StridedShard(2, split_factor=2), Shard(2)]),
+        ((2, 3), [_StridedShard(0, split_factor=4), Shard(0)]),
+    ],
+    ids=str,
+)
+def test_a_part_that_is_cut_is_the_part_that_torch_would_give(mesh, placements):
+    """Sizes that no mesh divides: shards of several lengths, none at all, and with holes."""
+    full = torch.arange(2.0 * 7 * 4 * 11).view(2, 7, 4, 11)
+    held, holes = torch.zeros(full[0].shape), False
+    for rank in range(math.prod(mesh)):
+        with pretended(rank, math.prod(mesh)):
+            where = init_device_mesh("cpu", mesh)
+            reference = distribute_tensor(full[0].clone(), where, placements, src_data_rank=None)
+            part = shard_like(full, reference, leading=1)
+            slices = shard_slices(reference)
+            assert torch.equal(part, torch.stack([reference.to_local(), full[1][full[1] >= 0].view(7, 4, 11)[_picked(slices)]]))
+            assert part.untyped_storage().nbytes() == part.numel() * 4
+            held[_picked(slices)] += contribution(reference)
+            holes |= any(isinstance(own, torch.Tensor) for own in slices)
+    assert torch.allclose(held, torch.ones(()))  # every entry once
+    assert holes == (isinstance(placements[0], _StridedShard) and placements[0].split_factor == 4)
+
+
+def _picked(slices) -> tuple[torch.Tensor, ...]:
+    index = [torch.arange(own.start, own.stop) if isinstance(own, slice) else own for own in slices]
+    return torch.meshgrid(*index, indexing="ij")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_to_an_accelerator_nothing_but_the_share_is_moved():
+    full = torch.zeros(5, 4096, 256)
+    with pretended(1, 4):
+        mesh = init_device_mesh("cuda", (4,))
+        reference = distribute_tensor(torch.zeros(4096, 256), mesh, [Shard(0)], src_data_rank=None)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        part = shard_like(full, reference, leading=1)
+        assert part.device == reference.to_local().device
+        assert torch.cuda.max_memory_allocated() - before < 1.1 * full.numel() * 4 / 4  # and some indices
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells which pages of a file are in use")
+def test_of_a_mapped_prior_only_the_pages_of_the_part_that_is_cut_are_read(tmp_path):
+    """A quarter of the rows of one 8 MB tensor and its 2 deviations: 6 MB where reading them whole would be 24."""
+    name, size = "w", (2048, 1024)
+    rows = {name: torch.zeros(2, *size)}
+    PriorModel.from_tensors({name: torch.zeros(size)}, {name: torch.ones(size)}, rows).save_pretrained(tmp_path)
+    prior = PriorModel.from_pretrained(tmp_path, verify=False)
+    assert resident(tmp_path) < 1 << 20
+    anonymous = resident(None)
+    parts = [cut(prior.mean[name], (slice(512, 1024), slice(0, 1024)))]
+    parts += [cut(prior.deviations[name], (slice(512, 1024), slice(0, 1024)), leading=1)]
+    wanted = sum(part.numel() * 4 for part in parts)
+    assert wanted == sum(part.untyped_storage().nbytes() for part in parts) == 6 << 20
+    assert wanted <= resident(tmp_path) <= wanted + 3 * (4 << 20)  # and up to 2 MB before and after what is touched
+    assert resident(None) - anonymous < wanted + (1 << 20)
+
+
+def resident(folder: Path | None) -> int:
+    """Bytes in this process's memory of files in `folder`; of no file (None)."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            counts = folder is not None and str(folder) in line
+        elif (words[0] == "Rss:" and counts) or (words[0] == "Anonymous:" and folder is None):
+            total += int(words[1]) * 1024
+    return total
 
 
 def test_on_one_process_tensors_are_whole_and_count_once():

@@ -16,6 +16,7 @@ from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, P
 from prior_hub.model import PriorModel, library_versions, push_prior_to_hub
 from prior_hub.priors.config import FORMAT_VERSION
 from prior_hub.priors.storage import read_config
+from prior_hub.registry.hub import scratch_folder
 
 ONE = {"w": torch.ones(3)}
 
@@ -247,3 +248,34 @@ def test_samples_are_reproducible_and_have_the_shapes_of_the_parameters():
     assert {name: tuple(tensor.shape) for name, tensor in draws[0].items()} == SHAPES
     assert all(torch.equal(draws[0][name], draws[1][name]) for name in SHAPES)
     assert not torch.equal(draws[0]["layer.weight"], draws[2]["layer.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------- pushes
+def test_large_pushes_are_made_beside_the_clients_cache_unless_tmpdir_says_where(tmp_path, monkeypatch):
+    home = tmp_path / "hf" / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    assert scratch_folder(10**6) is None
+    assert not home.exists()
+    assert scratch_folder(10**9) == home
+    assert scratch_folder(10**18) is None, "there is no room"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert scratch_folder(10**9) is None
+    monkeypatch.delenv("TMPDIR")
+    home.rmdir()
+    home.touch()
+    assert scratch_folder(10**9) is None, "it is no folder"
+
+
+def test_a_push_writes_where_it_is_told_to_and_leaves_nothing_there(tmp_path, monkeypatch):
+    asked, found = [], []
+    prior = random_prior(deviations=torch.bfloat16)
+    monkeypatch.setattr("prior_hub.model.scratch_folder", lambda size: (asked.append(size), tmp_path)[1])
+    monkeypatch.setattr(
+        "prior_hub.model.upload_prior", lambda folder, *_, **__: found.append((Path(folder).parent, read_config(folder)))
+    )
+    prior.push_to_hub("org/name")
+    assert asked == [sum(t.numel() * t.element_size() for t in tensors_of(prior).values())]
+    assert [(parent, config.rank) for parent, config in found] == [(tmp_path, prior.rank)]
+    assert list(tmp_path.iterdir()) == []

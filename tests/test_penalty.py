@@ -346,6 +346,24 @@ def test_a_prior_whose_parameters_are_all_frozen_is_refused():
         PriorPenalty(prior, model, num_examples=N)
 
 
+def test_a_model_of_deepspeed_is_refused_by_its_engine_or_by_its_partitioned_parameters():
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    prior = random_prior(model, head=())
+    with pytest.raises(PriorMatchError, match=r"DeepSpeed.* Use FSDP2"):
+        PriorPenalty(prior, DeepSpeedEngine(model), num_examples=1)
+    PriorPenalty(prior, model, num_examples=1)
+    for number, parameter in enumerate(model.parameters()):  # as zero.Init leaves them: empty, with an id of its own
+        parameter.ds_id = number
+        parameter.data = torch.empty(0)
+    with pytest.raises(PriorMatchError, match=r"DeepSpeed.* Use FSDP2"):
+        PriorPenalty(prior, model, num_examples=1)
+
+
 def test_low_precision_gradients_warn_once():
     model = two_layers().to(torch.bfloat16)
     penalty = PriorPenalty(random_prior(model, head=()), model, num_examples=N)

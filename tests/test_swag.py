@@ -79,6 +79,43 @@ def test_moments_and_deviations_equal_the_two_pass_formulas(rank, steps):
             np.testing.assert_allclose(prior.deviations[n], all_snapshots[::-1][:kept] - mean, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": 3.0, "eps": 0.1, "deviations_dtype": torch.bfloat16, "license": "mit", "estimator": {"note": "mine"}},
+        {"explained": 0.7, "deviations_dtype": torch.float16},
+        {"buffers": {"norm.running_mean": torch.ones(4), "norm.running_var": torch.ones(4)}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_the_prior_is_written_tensor_by_tensor_as_it_is_saved_whole(tmp_path, rank, settings):
+    _, estimator, _ = collect(rank, 6, variance_floor=0.005)
+    folder = estimator.save_prior(tmp_path / "parts", dataset="synthetic", **settings)
+    estimator.prior(dataset="synthetic", **settings).save_pretrained(tmp_path / "whole")
+    assert folder == tmp_path / "parts"
+    ours, theirs = PriorModel.from_pretrained(folder), PriorModel.from_pretrained(tmp_path / "whole")
+    assert ours.config == theirs.config  # the hashes of the files, too
+    assert ours.config.estimator["variance_entries_at_floor"] > 0
+    assert (folder / "README.md").read_bytes() == (tmp_path / "whole" / "README.md").read_bytes()
+
+
+def test_what_is_no_prior_is_not_written(tmp_path):
+    _, estimator, _ = collect(2, 1)
+    with pytest.raises(PriorNumericsError, match="two snapshots"):
+        estimator.save_prior(tmp_path / "prior")
+    model, moved, _ = collect(2, 4)
+    with pytest.raises(TypeError, match="colour"):
+        moved.save_prior(tmp_path / "prior", colour="blue")
+    estimator = SwagEstimator(2, variance_floor=0.0)
+    for _ in range(3):
+        estimator.update(model)  # nothing moves
+    with pytest.raises(PriorNumericsError, match="entries <= 0"):
+        estimator.save_prior(tmp_path / "prior")
+    assert not (tmp_path / "prior").exists()
+
+
 def test_variance_survives_float32_where_the_spread_is_a_ten_thousandth_of_the_weight():
     """E[w^2] - mean^2 gives more than half non-positive entries here."""
     model = nn.ModuleDict({"body": nn.Linear(50, 50)})

@@ -12,9 +12,12 @@ import re
 import warnings
 import weakref
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState
 from hub_fixtures import fresh_repo_id
 from models import (
     Stream,
@@ -626,16 +629,17 @@ def test_float_labels_of_several_classes_are_one_observation_per_example(tmp_pat
 # ------------------------------------------------------------------------------------------------ refusals and warnings
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    original = Trainer.create_accelerator_and_postprocess
-
-    def with_deepspeed(self):
-        original(self)
-        self.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_deepspeed)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_is_refused_before_training(tmp_path, monkeypatch, stage):
+    """As far as it can be seen without deepspeed: accelerate's state holds a plugin, and Trainer draws its own conclusions."""
+    plugin = MagicMock(zero_stage=stage, enable_msamp=False)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda _: plugin))
+    monkeypatch.setattr(transformers.trainer, "propagate_args_to_deepspeed", lambda *_, **__: None)
+    model = tiny_vit()
+    before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"DeepSpeed .* use FSDP2"):
-        bound(tmp_path, image_data(4))
+        bound(tmp_path, image_data(4), model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])

@@ -22,6 +22,7 @@ from models import image_data, quiet_arguments, tiny_resnet, tiny_vit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from worker_sharding import bytes_of
 
 from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorTrainer, SwagCallback
 from prior_hub.distributed import copy_full_, is_sharded, local_tensor, reshard
@@ -52,6 +53,12 @@ SCENARIOS |= {
 }
 SAMPLED = ("baoa", "sghmc", "cold", "warm")
 GRADIENT = tuple(name for name in SCENARIOS if name not in (*IMPLICIT, *SAMPLED))
+# under FSDP2 only; its parameters can be shared nearly evenly
+LONG = 20
+SCENARIOS["long"] = (
+    lambda: tiny_vit(hidden_size=16, intermediate_size=32),
+    {"max_grad_norm": 0.5, "prior_head_variance": 0.5, "max_steps": LONG, "logging_steps": LONG},
+)
 
 
 class Unused(nn.Module):
@@ -132,10 +139,8 @@ def train(
     arguments = quiet_arguments(
         folder / "out" / place,
         gradient_accumulation_steps=accumulation,
-        max_steps=STEPS,
-        logging_steps=2,
         prior_initialize=False,
-        **{"learning_rate": 0.02, **settings},
+        **{"max_steps": STEPS, "logging_steps": 2, "learning_rate": 0.02, **settings},
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -177,6 +182,7 @@ def train(
         "update": trainer.prior_update,
         "penalty": float(trainer.prior_penalty.penalty()),  # type: ignore[union-attr]
         "curvature": trainer.prior_penalty.curvature(),  # type: ignore[union-attr]
+        "bytes": bytes_of(trainer.prior_penalty.gaussian),  # type: ignore[union-attr]
     }
     return trainer, swag, {"tensors": tensors, "facts": facts}
 
@@ -307,10 +313,14 @@ def main() -> None:
         facts[name] = result["facts"]
         tensors.update({f"{name}/{key}": t.contiguous() for key, t in result["tensors"].items()})
 
-    for name in SCENARIOS:
+    for name in [name for name in SCENARIOS if name != "long"]:
         keep(f"ddp {name}", train(name, folder, 2)[2])
     for name in (*IMPLICIT, "cold", "warm") if NATIVE_FSDP2 else ():
         keep(f"fsdp {name}", train(name, folder, 2, sharded=True)[2])
+    if NATIVE_FSDP2:
+        _, swag, result = train("long", folder, 2, sharded=True)
+        keep("fsdp long", result)
+        swag.save_prior(folder / "written", dataset="synthetic")
     for name in GRADIENT:
         keep(f"watched ddp {name}", watched(name, folder, sharded=False))
     for name in ("vit", "resnet") if NATIVE_FSDP2 else ():

@@ -5,6 +5,9 @@
 
 Parameters the prior does not know (a new head) get N(0, head_variance I), or nothing when it is None.
 
+Where the model is sharded each rank holds its shards of the prior, and evaluating it takes two messages, of K numbers and of
+one, whether there is a head prior or not.
+
 A stiff prior (large precision) is better taken as an implicit step after the optimizer's: `attach`, see proximal.py. Base
 weights that are frozen under LoRA adapters count as the weights that the model computes with, W0 + s B A: see adapters.py.
 """
@@ -14,12 +17,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prior_hub.distributed import contribution, is_sharded, local_tensor, reshard, shard_like, sum_over_ranks
+from prior_hub.distributed import contribution, cut, is_sharded, local_tensor, reshard, shard_slices, sum_over_ranks
 from prior_hub.errors import PriorMatchError, PriorWarning
 from prior_hub.finetuning.adapters import AdaptedWeight, adapted_weights, is_quantised, largest_curvature, rounding_cost
 from prior_hub.finetuning.proximal import ProximalStep
@@ -107,7 +111,7 @@ class PriorPenalty:
             raise ValueError(f"head_variance is {head_variance}, expected a finite number > 0, or None for no head prior.")
         self.num_examples = int(num_examples)
         self.head_variance = head_variance
-        _refuse_flattened(model)  # first: what FSDP 1 leaves of names and shapes would only give a confusing mismatch
+        _refuse_wrappers(model)  # first: what FSDP 1 leaves of names and shapes would only give a confusing mismatch
         reshard(model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
         matching: dict[str, Any] = {
             "name_map": name_map,
@@ -137,7 +141,8 @@ class PriorPenalty:
             if parameters[name].requires_grad and head_variance is not None and name not in adapted
         }
         self.covered_names = frozenset(covered) | frozenset(self._head) | frozenset(adapted)
-        self.gaussian = _localised(prior, self.match, covered, scale, rank)
+        self._sum = _Sum() if any(is_sharded(p) for p in covered.values()) else None
+        self.gaussian = _localised(prior, self.match, covered, scale, rank, self._sum)
         self._any_sharded = any(is_sharded(p) for p in (*covered.values(), *self._head.values()))
         self._warned = False
         rounding = rounding_cost(self.gaussian, self.adapters) / self.num_examples
@@ -154,7 +159,7 @@ class PriorPenalty:
     def penalty(self) -> Tensor:
         """The penalty of prior and head prior together, in nats (not divided by N): 0-d float64, no graph."""
         with torch.no_grad():
-            return self.gaussian.penalty(self._values()) + self._head_penalty()
+            return self._with_head(partial(self.gaussian.penalty, self._values()))
 
     def loss(self) -> Tensor:
         """penalty / N as a differentiable 0-d tensor, to be added to a mean NLL before `backward()`.
@@ -195,7 +200,7 @@ class PriorPenalty:
         share = factor / self.num_examples
         theta = self._values()
         whole = {name: torch.zeros_like(theta[name]) for name in self.adapters}  # G, by the weights that are computed with
-        value = self.gaussian.add_gradient_(theta, into | whole, share)
+        value = self._with_head(partial(self.gaussian.add_gradient_, theta, into | whole, share))
         for name, gradient in whole.items():
             if name in into:  # W0 is trained beside its adapter
                 into[name] += gradient.to(into[name].dtype)
@@ -204,7 +209,7 @@ class PriorPenalty:
         for name, parameter in self._head.items():
             gradient = local_tensor(_gradient(name, parameter))
             gradient += (local_tensor(parameter).to(gradient.dtype) * (share / (self.head_variance or 1.0))).to(gradient.dtype)
-        return (value + self._head_penalty()) / self.num_examples
+        return value / self.num_examples
 
     def attach(self, optimizer: torch.optim.Optimizer) -> ProximalStep:
         """Let every `optimizer.step()` be followed by the prior's implicit step, in place of `add_gradient_`.
@@ -268,13 +273,12 @@ class PriorPenalty:
             if (length := lengths.get(id(self._parameters[name]))) is not None:
                 steps[name] = length / self.num_examples
         self._warn_if_rounded({name: local_tensor(self._parameters[name]) for name in self._trained})
-        value = self.gaussian.proximal_step_(self._local(self._parameters), steps)
         variance = self.head_variance or 1.0
         for parameter in self._head.values():
             length = lengths.get(id(parameter), 0.0) / self.num_examples
             local = local_tensor(parameter)
             local.copy_(local * (variance / (variance + length)))
-        return value + self._head_penalty()
+        return self._with_head(partial(self.gaussian.proximal_step_, self._local(self._parameters), steps))
 
     @torch.no_grad()
     def bound_gaussians(self, metric: str = "diagonal") -> list[BoundGaussian]:
@@ -424,16 +428,28 @@ class PriorPenalty:
     def _local(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: local_tensor(p) for name, p in parameters.items()}
 
-    def _head_penalty(self) -> Tensor:
+    def _with_head(self, evaluate: Callable[[], Tensor]) -> Tensor:
+        """What `evaluate` says the Gaussian's penalty is, and the head prior's."""
+        if not self._head:
+            return evaluate()
         device = next(iter(self._parameters.values())).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        total = torch.zeros((), dtype=dtype, device=device)
+        squares = torch.zeros((), dtype=dtype, device=device)
         for parameter in self._head.values():
             weight = contribution(parameter) if self._any_sharded else 1.0
-            total += weight * local_tensor(parameter).detach().to(dtype).square().sum()
-        if self._any_sharded:
-            sum_over_ranks(total)
-        return 0.5 * total / (self.head_variance or 1.0)
+            squares += weight * local_tensor(parameter).detach().to(dtype).square().sum()
+        squares /= self.head_variance or 1.0
+        if self._sum is not None:
+            self._sum.rider = squares  # the Gaussian's own sum of squares takes it along
+            try:
+                value = evaluate()
+            finally:
+                delivered = self._sum.has_delivered()
+            if delivered:
+                return value
+        else:
+            value = evaluate()
+        return value + 0.5 * (sum_over_ranks(squares) if self._any_sharded else squares)
 
     def _head_precision(self) -> float:
         return 1 / self.head_variance if self._head and self.head_variance is not None else 0.0
@@ -473,25 +489,42 @@ def _match(prior: PriorModel, model: nn.Module, matching: dict[str, Any]) -> Mat
     return match
 
 
+class _Sum:
+    """`sum_over_ranks`, where a number may ride along with the next single number: it saves a message of its own."""
+
+    def __init__(self) -> None:
+        self.rider: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if self.rider is not None and values.ndim == 0:
+            values += self.rider.to(values)
+            self.rider = None
+        return sum_over_ranks(values)
+
+    def has_delivered(self) -> bool:
+        """Whether the rider has gone along; it gets off now if it has not."""
+        waiting, self.rider = self.rider, None
+        return waiting is None
+
+
 def _localised(
-    prior: PriorModel, match: Match, covered: dict[str, Tensor], scale: float | None, rank: int | None
+    prior: PriorModel, match: Match, covered: dict[str, Tensor], scale: float | None, rank: int | None, total: _Sum | None
 ) -> LowRankGaussian:
     """The prior's Gaussian over the matched parameters, by the model's names, cut and placed as the parameters are."""
     gaussian = prior.gaussian if rank is None else prior.truncated(rank).gaussian  # which knows what its rows are
     if scale is not None:
         gaussian = gaussian.rescaled(scale)
-    sharded = any(is_sharded(p) for p in covered.values())
     tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "variance": {}, "deviations": {}}
     for name, target in match.pairs.items():
         parameter = covered[target]
-        device = local_tensor(parameter).device
+        device, slices = local_tensor(parameter).device, shard_slices(parameter)
         for kind, leading in (("mean", 0), ("variance", 0), ("deviations", 1)):
             source: dict[str, Tensor] = getattr(gaussian, kind)
             if name in source:
-                tensors[kind][target] = shard_like(source[name], parameter, leading=leading).to(device)
+                tensors[kind][target] = cut(source[name], slices, leading=leading, device=device)
     settings: dict[str, Any] = {}
-    if sharded:
-        settings = {"contributions": {n: contribution(p) for n, p in covered.items()}, "sum_over_ranks": sum_over_ranks}
+    if total is not None:
+        settings = {"contributions": {n: contribution(p) for n, p in covered.items()}, "sum_over_ranks": total}
     return gaussian._with(**tensors, **settings)
 
 
@@ -512,9 +545,15 @@ def _gradient(name: str, parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _refuse_flattened(model: nn.Module) -> None:
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+def _refuse_wrappers(model: nn.Module) -> None:
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "FullyShardedDataParallel" in kinds:
         raise PriorMatchError(
             "this model is wrapped by FSDP version 1, which flattens parameters and loses their shapes. Use FSDP2 "
             "(fsdp_version: 2 in the accelerate configuration), or DDP."
+        )
+    if "DeepSpeedEngine" in kinds or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise PriorMatchError(
+            "this model belongs to DeepSpeed, whose engine keeps parameters and gradients in partitions of its own, where the "
+            "prior cannot add its gradient. Use FSDP2 (fsdp_version: 2 in the accelerate configuration), or DDP."
         )

@@ -214,7 +214,7 @@ class PriorTrainerMixin(_TrainerBase):
     def _load_prior(self, prior: str | os.PathLike[str] | PriorModel, token: str | None) -> PriorModel:
         if isinstance(prior, PriorModel):
             return prior
-        return PriorModel.from_pretrained(
+        return PriorModel.from_pretrained_together(  # every rank makes its trainer
             prior,
             revision=self._prior_settings["prior_revision"],
             subfolder=self._prior_settings["prior_subfolder"],

@@ -270,17 +270,43 @@ class SwagCallback(TrainerCallback):
         Raises:
             PriorNumericsError: fewer than two snapshots were taken.
         """
+        return self.estimator.prior(
+            buffers=self._buffers if buffers is None else buffers,
+            estimator={**self._facts(), **(estimator or {})},
+            **arguments,
+        )
+
+    def save_prior(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        estimator: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Path:
+        """Write the prior's folder, as `prior(...).save_pretrained(save_directory)`, without any process holding all of it.
+
+        Of a sharded model every rank must call it; see `SwagEstimator.save_prior`, also for the arguments.
+
+        Raises:
+            PriorNumericsError: fewer than two snapshots were taken.
+        """
+        return self.estimator.save_prior(
+            save_directory,
+            buffers=self._buffers if buffers is None else buffers,
+            estimator={**self._facts(), **(estimator or {})},
+            **arguments,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """When snapshots were taken, at which learning rates."""
         schedule: dict[str, Any] = {"start_step": self._first, "every_n_steps": self._interval}
         if self.swa_lr is not None:
             schedule |= {"schedule": self.schedule, "swa_lr": self.swa_lr}
             schedule |= {} if self.swa_lr_min is None else {"swa_lr_min": self.swa_lr_min}
         if self._learning_rates:
             schedule["learning_rate"] = [self._learning_rates[0], self._learning_rates[-1]]
-        return self.estimator.prior(
-            buffers=self._buffers if buffers is None else buffers,
-            estimator={**schedule, **(estimator or {})},
-            **arguments,
-        )
+        return schedule
 
 
 def _check_schedule(swa_lr: float | None, schedule: str, swa_lr_min: float | None) -> None:

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prior_hub.distributed import is_sharded, local_tensor, moved_placements, reshard
+from prior_hub.distributed import (
+    agreed,
+    contribution_of,
+    is_sharded,
+    local_tensor,
+    moved_placements,
+    process_index,
+    reshard,
+    sum_over_ranks,
+    told_by_rank_0,
+    world_size,
+)
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, PriorNumericsError
 from prior_hub.learning.moments import (
     Offload,
@@ -42,6 +55,7 @@ from prior_hub.model import PriorModel
 from prior_hub.priors.adapters import adapter_facts
 from prior_hub.priors.batch_norm import batch_norm_buffers
 from prior_hub.priors.config import is_hub_name
+from prior_hub.priors.gaussian import LowRankGaussian, swag_weights
 from prior_hub.priors.matching import (
     canonical_parameters,
     declared_backbone,
@@ -220,7 +234,7 @@ class SwagEstimator:
         source: Mapping[str, Any] | None = None,
         estimator: Mapping[str, Any] | None = None,
     ) -> PriorModel:
-        """The prior of the snapshots so far.
+        """The prior of the snapshots so far, all of it in this process (`save_prior` writes it without that).
 
         Args:
             scale: stored scale.
@@ -250,14 +264,7 @@ class SwagEstimator:
             PriorNumericsError: fewer than two snapshots, or variances of zero with a floor of zero.
             ValueError: `explained` is not a share.
         """
-        if self.num_snapshots < 2:
-            raise PriorNumericsError(
-                f"a variance needs two snapshots, there {'is' if self.num_snapshots == 1 else 'are'} "
-                f"{self.num_snapshots}. Start earlier, or take them more often (every_n_steps)."
-            )
-        if self._sharded and not self._layout:
-            raise PriorHubError("this state is one rank's shard: call attach(model) with the sharded model on all ranks first.")
-        self._settle()
+        self._ready()
         mean, variance, deviations = {}, {}, {}
         floored = 0
         kept = deviations_dtype or self.snapshots_dtype
@@ -276,47 +283,118 @@ class SwagEstimator:
             if release:
                 for group in (self._mean, self._squares, self._ring):
                     group.pop(name, None)
-        facts, count = self._facts, self.num_snapshots
-        stored = self._buffers if buffers is None else buffers
-        if release:
-            self.reset()
-        own_name = renaming(mean, facts.get("prefix", ""))
-        body = without_head(stored, facts["head_parameters"], mean)
-        own = {
-            "name": "swag",
-            "rank": self.rank,
-            "snapshots": count,
-            "variance_entries_at_floor": floored,
-            "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
-        }
-        about = provenance(
-            facts,
+        own_name, fields = self._described(
             mean,
+            floored,
+            buffers=buffers,
+            estimator=estimator,
             base_model=base_model,
             base_model_revision=base_model_revision,
             objective=objective,
             dataset=dataset,
             dataset_license=dataset_license,
+            license=license,
             source=source,
-            own_name=own_name,
         )
+        if release:
+            self.reset()
         prior = PriorModel.from_tensors(
             {own_name(name): tensor for name, tensor in mean.items()},
             {own_name(name): tensor for name, tensor in variance.items()},
             {own_name(name): tensor for name, tensor in deviations.items()},
-            buffers={own_name(name): stored[name].detach().cpu().clone() for name in body},
             scale=scale,
             eps=eps,
-            variance_floor=self.variance_floor,
-            num_snapshots=count,
-            estimator={**own, **(estimator or {})},
-            license=license,
-            **about,
+            **fields,
         )
         if explained is None:
             return prior
         compressed = prior.compressed(explained)
         return compressed if deviations_dtype is None else compressed.astype(deviations=deviations_dtype)
+
+    def save_prior(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        scale: float = 1.0,
+        eps: float = 0.0,
+        explained: float | None = None,
+        deviations_dtype: torch.dtype | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+        estimator: Mapping[str, Any] | None = None,
+        **about: Any,
+    ) -> Path:
+        """Write the folder that `prior(...).save_pretrained(save_directory)` writes, without holding the prior.
+
+        It is made and written one tensor at a time. Of a sharded model every rank must call this: tensors are put together
+        from the shards as rank 0 comes to write them, so that a rank needs memory for one of them beside its own share. Other
+        models are the same on every rank, and rank 0 alone does it. With `explained` there is one more copy of the share.
+
+        Args:
+            save_directory: as `PriorModel.save_pretrained`; on rank 0's disk.
+            max_shard_size: the same.
+            scale: as `prior`.
+            eps: as `prior`.
+            explained: as `prior`.
+            deviations_dtype: as `prior`.
+            buffers: as `prior`.
+            estimator: as `prior`.
+            **about: base_model, dataset and so on, as `prior`.
+
+        Returns:
+            The folder; `push_prior_to_hub(folder, name)` publishes it (from one rank).
+
+        Raises:
+            PriorNumericsError: as `prior`, on every rank.
+            OSError: the disk is full or not writable; on other ranks than 0 a PriorHubError.
+        """
+        folder = Path(save_directory).expanduser()
+        self._ready()
+        sharded = bool(self._layout)
+        if not sharded and process_index():
+            return folder
+        prior, part = self._in_parts(
+            scale, eps, explained, deviations_dtype, {"buffers": buffers, "estimator": estimator} | about
+        )
+        names = dict(zip(prior.config.parameters, self._mean, strict=True))
+        largest = max(math.prod(shape) for shape in prior.config.parameters.values())
+
+        def whole(key: str) -> Tensor:
+            """The full tensor of a key, on rank 0; a block of its rows at a time elsewhere."""
+            kind, own = key.split(".", 1)
+            if kind != "deviations":
+                return self._gathered(names[own], part(kind, own, slice(None)))
+            shape = prior.config.parameters[own]
+            step = max(1, largest // max(1, math.prod(shape)))
+            blocks = range(0, prior.rank, step)
+            rows: Tensor | None = None
+            for begin in blocks:
+                block = self._gathered(names[own], part(kind, own, slice(begin, begin + step)), leading=1)
+                if process_index() == 0:
+                    rows = torch.empty(prior.rank, *shape, dtype=block.dtype) if rows is None else rows
+                    rows[begin : begin + step] = block
+            return block if rows is None else rows
+
+        if not sharded:
+            prior._save_parts(folder, whole, max_shard_size)
+            return folder
+
+        def ask(key: str) -> Tensor:
+            told_by_rank_0(key)
+            return whole(key)
+
+        def write() -> None:
+            try:
+                prior._save_parts(folder, ask, max_shard_size)
+            finally:
+                told_by_rank_0(None)
+
+        def serve() -> None:
+            while (key := told_by_rank_0(None)) is not None:
+                whole(key)
+
+        agreed(serve if process_index() else write)
+        return folder
 
     # ------------------------------------------------------------------------------------------------------- the state
 
@@ -457,6 +535,117 @@ class SwagEstimator:
         }
         return covered, facts
 
+    def _ready(self) -> None:
+        """Wait for the snapshot that is under way; raise where there is no prior yet."""
+        if self.num_snapshots < 2:
+            raise PriorNumericsError(
+                f"a variance needs two snapshots, there {'is' if self.num_snapshots == 1 else 'are'} "
+                f"{self.num_snapshots}. Start earlier, or take them more often (every_n_steps)."
+            )
+        if self._sharded and not self._layout:
+            raise PriorHubError("this state is one rank's shard: call attach(model) with the sharded model on all ranks first.")
+        self._settle()
+
+    def _in_parts(
+        self, scale: float, eps: float, explained: float | None, deviations_dtype: torch.dtype | None, about: dict[str, Any]
+    ) -> tuple[PriorModel, Callable[[str, str, slice], Tensor]]:
+        """The prior without its numbers, and what gives this rank's part of them: (kind, prior's name, rows) -> tensor."""
+        rows, sharded = min(self.num_snapshots, self.rank), bool(self._layout)
+        wanted = deviations_dtype or self.snapshots_dtype
+        if explained is not None:  # rotate, then round
+            wanted = torch.promote_types(self.snapshots_dtype, torch.float32)
+        place = torch.device(next(iter(self._layout.values()))[0].device_type if sharded else "cpu")
+        weights = {name: 1.0 / world_size() for name in self._mean} if sharded else {}
+        weights |= {name: contribution_of(mesh, placements) for name, (mesh, placements, _) in self._layout.items()}
+
+        def variance_of(name: str) -> Tensor:
+            return (self._squares[name] / (self.num_snapshots - 1)).clamp_(min=self.variance_floor)
+
+        def floored() -> float:
+            found, diagonal = 0.0, swag_weights(rows)[0]
+            for name, squares in self._squares.items():
+                found += weights.get(name, 1.0) * int((squares / (self.num_snapshots - 1) < self.variance_floor).sum())
+                own = LowRankGaussian(
+                    {name: squares}, {name: variance_of(name)}, scale=scale, eps=eps, diagonal_weight=diagonal
+                )
+                own.check_positive()
+            return found
+
+        if sharded:
+            entries = float(sum_over_ranks(torch.tensor(agreed(floored), dtype=torch.float64, device=place)))
+        else:
+            entries = floored()
+        own_name, fields = self._described(self._mean, round(entries), **about)
+        numbers: dict[str, dict[str, Tensor]] = {"mean": {}, "variance": {}, "deviations": {}}
+        for name, mean in self._mean.items():
+            own, empty = own_name(name), torch.empty_like(mean, device="meta")
+            numbers["mean"][own] = empty if explained is None else mean.to(place)
+            numbers["variance"][own] = empty if explained is None else variance_of(name).to(place)
+            if rows and explained is None:
+                numbers["deviations"][own] = empty.new_empty((rows, *mean.shape), dtype=wanted)
+            elif rows:
+                numbers["deviations"][own] = self._centred(name, wanted, in_place=False).to(place)
+        gaussian = LowRankGaussian(
+            numbers["mean"],
+            numbers["variance"],
+            numbers["deviations"],
+            scale=scale,
+            eps=eps,
+            contributions={own_name(name): weight for name, weight in weights.items()} if sharded else None,
+            sum_over_ranks=sum_over_ranks if sharded else None,
+        )
+        shapes = {own_name(n): tuple(self._layout[n][2] if n in self._layout else t.shape) for n, t in self._mean.items()}
+        stored = fields.pop("buffers")
+        prior = PriorModel._declared(gaussian, stored, fields, shapes)
+        if explained is not None:
+            prior = prior.compressed(explained)
+            prior = prior if deviations_dtype is None else prior.astype(deviations=deviations_dtype)
+            return prior, partial(_rows_of, prior.gaussian)
+        names = {own_name(name): name for name in self._mean}
+        last: dict[str, Tensor] = {}  # the deviations that are being written; all rows of a tensor come out together
+
+        def part(kind: str, own: str, rows: slice) -> Tensor:
+            name = names[own]
+            if kind != "deviations":
+                return self._mean[name] if kind == "mean" else variance_of(name)
+            if own not in last:
+                last.clear()
+                last[own] = self._centred(name, wanted, in_place=False)
+            return last[own][rows]
+
+        return prior, part
+
+    def _described(
+        self,
+        covered: Mapping[str, Tensor],
+        floored: int,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        estimator: Mapping[str, Any] | None = None,
+        license: str | None = None,  # noqa: A002
+        **about: Any,
+    ) -> tuple[Callable[[str], str], dict[str, Any]]:
+        """What makes the prior's names of the model's, and what `PriorModel.from_tensors` takes beside the Gaussian."""
+        facts = self._facts
+        stored = self._buffers if buffers is None else buffers
+        own_name = renaming(covered, facts.get("prefix", ""))
+        body = without_head(stored, facts["head_parameters"], covered)
+        own = {
+            "name": "swag",
+            "rank": self.rank,
+            "snapshots": self.num_snapshots,
+            "variance_entries_at_floor": floored,
+            "batch_norm": _batch_norm_note(body, recomputed=buffers is not None),
+        }
+        fields = {
+            "buffers": {own_name(name): stored[name].detach().cpu().clone() for name in body},
+            "variance_floor": self.variance_floor,
+            "num_snapshots": self.num_snapshots,
+            "estimator": {**own, **(estimator or {})},
+            "license": license,
+        }
+        return own_name, fields | provenance(facts, covered, own_name=own_name, **about)
+
     def _move(self, name: str, device: torch.device) -> None:
         for group in (self._mean, self._squares, self._ring):
             if name in group:
@@ -493,6 +682,11 @@ class SwagEstimator:
         stride = torch.empty(full_shape, device="meta").stride()
         sharded = DTensor.from_local(local.to(mesh.device_type), mesh, moved, run_check=False, shape=full_shape, stride=stride)
         return sharded.full_tensor().cpu()
+
+
+def _rows_of(gaussian: LowRankGaussian, kind: str, name: str, rows: slice) -> Tensor:
+    tensor: Tensor = getattr(gaussian, kind)[name]
+    return tensor[rows] if kind == "deviations" else tensor
 
 
 def _has_streams(device: torch.device) -> bool:

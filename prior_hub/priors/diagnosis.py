@@ -8,6 +8,7 @@ useful rank     directions that hold 99 % of the low-rank variance
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from prior_hub.priors.gaussian import LowRankGaussian
 
 __all__ = ["Diagnosis", "diagnose"]
 
+_BLOCK = 1 << 20  # entries
 _MOST_ENTRIES = 1_000_000  # of which quantiles are taken
 
 
@@ -68,10 +70,11 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagn
     count = max(1, gaussian.num_parameters)
     floored = 0
     if variance_floor > 0:
-        floored = sum(int((v <= variance_floor * (1 + 1e-6)).sum()) for v in gaussian.variance.values())
+        floored = sum(int((v <= variance_floor * (1 + 1e-6)).sum()) for v in _in_blocks(gaussian))
     eigenvalues = torch.tensor(gaussian.spectrum(), dtype=torch.float64)
     held = float(eigenvalues.sum())
-    total = sum(float(v.sum(dtype=torch.float64)) for v in gaussian.marginal_variance().values())
+    variances = sum(float(v.double().sum()) for v in _in_blocks(gaussian))
+    total = gaussian.scale * gaussian.diagonal_weight * variances + gaussian.num_parameters * gaussian.eps + held
     effective = held**2 / float(eigenvalues.square().sum()) if held > 0 else 0.0
     useful = int((eigenvalues.cumsum(0) < 0.99 * held).sum()) + 1 if held > 0 else 0
     share = floored / count
@@ -108,6 +111,12 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagn
         useful_rank=useful,
         remarks=tuple(remarks),
     )
+
+
+def _in_blocks(gaussian: LowRankGaussian) -> Iterator[Tensor]:
+    """All variances, flat, few enough at a time that what is computed of them takes no memory to speak of."""
+    for variance in gaussian.variance.values():
+        yield from torch.split(variance.reshape(-1), _BLOCK)
 
 
 def _range(gaussian: LowRankGaussian) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ The penalty is evaluated as a sum of squares,
 and never as Woodbury's difference delta^T A^-1 delta - |...|^2, whose two terms agree in most of their digits when the
 deviations explain delta. As a function of z the sum of squares has its minimum at the exact z, so that rounding errors in
 z enter the value only in second order. Elementwise work is float32 (float64 if the parameters are), in blocks that stay
-in cache; K-vectors, the K x K factor and all sums over blocks are float64.
+in cache and are shared out among threads (blocks.py); K-vectors, the K x K factor and all sums over blocks are float64.
 
 The same penalty taken as an implicit (backward Euler, proximal) step of length C = diag(step) has a closed form too,
 
@@ -31,22 +31,25 @@ SWAG weights diagonal_weight = 1/2, low_rank_weight = 1/(2(K-1)).
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prior_hub.errors import PriorMatchError, PriorNumericsError
+from prior_hub.priors.blocks import DEVICE_BLOCK, Block, Scratch, blocks_of, sweep
+from prior_hub.priors.fused import Tables, is_available, takes
 
 __all__ = ["LowRankGaussian", "swag_weights"]
 
-# Entries. On the CPU a block of every operand stays in a core's cache, and is below the size from which torch starts
-# threads for one elementwise operation, whose barriers cost more than they bring here (measured: 5 times slower above).
+# Entries of a block where one thread does the work: below the size from which torch starts threads for one elementwise
+# operation, whose barriers cost more than they bring.
 _CPU_BLOCK = 1 << 14
+_PIECE = 1 << 10  # entries that one float32 sum runs over
 _SMALL = 1 << 23  # K x P up to which an implicit step works in float64 throughout
-_DEVICE_BLOCK = 1 << 24  # on accelerators: few large kernels, temporaries bounded at 64 MB per row
 
 
 def swag_weights(rank: int) -> tuple[float, float]:
@@ -56,6 +59,9 @@ def swag_weights(rank: int) -> tuple[float, float]:
 
 class LowRankGaussian:
     """N(mean, Sigma) over named tensors; immutable, shares the memory of the tensors it is given.
+
+    Values, gradients and step lengths may be on another device than the Gaussian, which then stays where it is: they are
+    copied block by block.
 
     Args:
         mean: name -> (*shape).
@@ -103,6 +109,9 @@ class LowRankGaussian:
                 wanted = "a finite number > 0" if positive else "a finite number >= 0"
                 raise PriorNumericsError(f"{name} is {value}, expected {wanted}. For no prior at all pass prior=None.")
         self._largest: dict[tuple[int, int], float] = {}  # of largest_precision
+        self._views: dict[Block, tuple[Tensor, ...]] = {}  # of _sweep: mean (n,), variance (n,), deviations (K, n)
+        self._tables: Tables | None = None  # of _fused
+        self._chunks: dict[bool, list[list[Block]]] = {}  # of _sweep: whether small -> blocks
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
@@ -247,23 +256,17 @@ class LowRankGaussian:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             value: Tensor = _PenaltyFunction.apply(self, *tensors)
             return value
-        return self._evaluate(dict(zip(self.names, tensors, strict=True)), None)
+        return self._evaluate(dict(zip(self.names, tensors, strict=True)))
 
     def penalty_and_gradient(self, theta: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalty (0-d float64, nats) and its gradient Sigma^-1 (theta - mean), name -> (*shape), without autograd."""
-        gradient: dict[str, Tensor] = {}
-
-        def keep(name: str, start: int, stop: int, values: Tensor) -> None:
-            if name not in gradient:
-                gradient[name] = torch.empty(theta[name].shape, dtype=values.dtype, device=values.device)
-            gradient[name].view(-1)[start:stop] = values
-
-        self._checked_names(theta)
+        flat: dict[str, Tensor] = {}
+        for name in self._checked_names(theta):
+            mean = self.mean[name]
+            flat[name] = torch.zeros(mean.numel(), dtype=self._work_type(theta[name], name), device=mean.device)
         with torch.no_grad():
-            value = self._evaluate(theta, keep)
-        for name in self.names:  # tensors without entries (an empty shard) have no block
-            gradient.setdefault(name, torch.zeros_like(theta[name], requires_grad=False))
-        return value, gradient
+            value = self._evaluate(theta, flat)
+        return value, {name: values.view(theta[name].shape) for name, values in flat.items()}
 
     def add_gradient_(self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], factor: float | Tensor) -> Tensor:
         """Add `factor` * gradient to `into[name]` (*shape) in place, for the names in `into`; returns the penalty.
@@ -276,13 +279,8 @@ class LowRankGaussian:
             if name not in self.mean or out.shape != self.mean[name].shape:
                 raise PriorMatchError(f"cannot write the gradient of {name!r}: no such parameter, or another shape.")
         flat = {name: out.reshape(-1) for name, out in into.items()}  # a copy where `out` is not contiguous
-
-        def add(name: str, start: int, stop: int, values: Tensor) -> None:
-            if name in flat:
-                flat[name][start:stop] += (values * factor).to(flat[name].dtype)
-
         with torch.no_grad():
-            value = self._evaluate(theta, add)
+            value = self._evaluate(theta, flat, factor)
             for name, out in into.items():
                 if not out.is_contiguous():  # e.g. channels_last gradients
                     out.copy_(flat[name].view(out.shape))
@@ -316,30 +314,41 @@ class LowRankGaussian:
         lengths = {n: c.reshape(-1) if isinstance(c, Tensor) and c.ndim else c for n, c in step.items()}
         lengths = {n: c for n, c in lengths.items() if isinstance(c, Tensor) or c != 0}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._step(theta, lengths, device) if lengths else self._evaluate(theta, None)
+            return self._step(theta, lengths, device) if lengths else self._evaluate(theta)
 
     def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
         accumulator = _accumulator(device)
         low_rank = self._low_rank_scale()
         z = self._step_solution(theta, step, device) if low_rank else torch.zeros(0, dtype=accumulator, device=device)
-        total = torch.zeros((), dtype=accumulator, device=device)
-        for name in self.names:
-            weight, flat = self._weight(name), theta[name].detach().reshape(-1)  # a copy where not contiguous
-            for start, stop in self._blocks(name):
-                delta, diagonal = self._delta(name, flat, start, stop)
-                length = _block(step.get(name, 0.0), start, stop, delta.dtype)
-                expected = torch.zeros_like(delta)
-                if low_rank:
-                    expected = (low_rank * z).to(delta.dtype) @ self._rows(name, start, stop, delta.dtype)
-                whole = diagonal + length
-                gradient = (delta - expected) / whole
-                total += weight * (gradient.square() * diagonal).sum(dtype=accumulator)
-                if name in step:
-                    moved = (diagonal * delta + length * expected) / whole
-                    mean = self.mean[name].reshape(-1)[start:stop].to(delta.dtype)
-                    flat[start:stop] = (mean + moved).to(flat.dtype)
-            if name in step and not theta[name].is_contiguous():  # e.g. channels_last weights
-                theta[name].copy_(flat.view(theta[name].shape))
+        flat = {name: theta[name].detach().reshape(-1) for name in self.names}  # a copy where not contiguous
+        combination = {dtype: (low_rank * z).to(dtype) for dtype in {self._work_type(flat[n], n) for n in self.names}}
+
+        def move(block: Block, scratch: Scratch, total: Tensor) -> None:
+            name, dtype = block.name, self._work_type(flat[block.name], block.name)
+            delta = self._offset(block, flat[name], scratch, dtype)
+            diagonal = self._scaled_variance(block, scratch, dtype)
+            length = _block(step.get(name, 0.0), block.start, block.stop, dtype, device)
+            whole = torch.add(diagonal, length, out=scratch.take("whole", delta.shape, dtype))
+            expected = scratch.take("expected", delta.shape, dtype)
+            if low_rank:
+                torch.mv(self._some_rows(block, scratch, dtype).T, combination[dtype], out=expected)
+            else:
+                expected.zero_()
+            gradient = torch.sub(delta, expected, out=scratch.take("gradient", delta.shape, dtype)).div_(whole)
+            weighted = torch.mul(gradient, diagonal, out=scratch.take("weighted", delta.shape, dtype))
+            self._add_weighted(total, _dot(gradient, weighted), name)
+            if name in step:
+                moved = delta.mul_(diagonal).add_(expected.mul_(length)).div_(whole)
+                flat[name][block.start : block.stop] = moved.add_(self._views[block][0])
+
+        tables = self._fused([*flat.values(), *(c for c in step.values() if isinstance(c, Tensor))])
+        if tables:
+            total = tables.move_(flat, low_rank * z if low_rank else None, step)
+        else:
+            total = self._sweep(move, (), self._elementwise(theta))
+        for name in step:
+            if not theta[name].is_contiguous():  # e.g. channels_last weights
+                theta[name].copy_(flat[name].view(theta[name].shape))
         if self._sum is not None:
             self._sum(total)
         return 0.5 * (total + z.square().sum())
@@ -355,35 +364,46 @@ class LowRankGaussian:
         work = accumulator if small else self._elementwise(theta)
         nearby, key = _nearby(step)
 
+        flat = {name: theta[name].detach().reshape(-1) for name in self.names}
+        given = [*flat.values(), *(c for c in step.values() if isinstance(c, Tensor))]
+
+        def denominator(block: Block, at: Mapping[str, float | Tensor], scratch: Scratch, dtype: torch.dtype) -> Tensor:
+            """A + C of a block."""
+            length = _block(at.get(block.name, 0.0), block.start, block.stop, dtype, device)
+            return self._scaled_variance(block, scratch, dtype).add_(length)
+
         def through(vector: Tensor) -> Tensor:
             """(I + U^T (A + C)^-1 U) vector."""
-            out = torch.zeros_like(vector)
-            for name in self.names:
-                for start, stop in self._blocks(name):
-                    rows, diagonal = self._rows(name, start, stop, work), self._diagonal(name, start, stop, work)
-                    diagonal += _block(step.get(name, 0.0), start, stop, work)
-                    out += self._weight(name) * (rows @ ((vector.to(work) @ rows) / diagonal)).to(accumulator)
+            combination = vector.to(work)
+            tables = None if small else self._fused(given)
+
+            def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
+                rows, whole = self._some_rows(block, scratch, work), denominator(block, step, scratch, work)
+                image = torch.mv(rows.T, combination, out=scratch.take("image", whole.shape, work)).div_(whole)
+                self._add_weighted(total, torch.mv(rows, image), block.name)
+
+            out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,), work)
             return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
 
         def factorise(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> None:
-            gram = torch.zeros(self.rank, self.rank, dtype=accumulator, device=device)
-            for name in self.names:
-                for start, stop in self._blocks(name):
-                    rows, diagonal = self._rows(name, start, stop, dtype), self._diagonal(name, start, stop, dtype)
-                    diagonal += _block(at.get(name, 0.0), start, stop, dtype)
-                    gram += self._weight(name) * ((rows / diagonal) @ rows.T).to(accumulator)
+            def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
+                rows = self._some_rows(block, scratch, dtype)
+                scaled = scratch.take("scaled rows", rows.shape, dtype)
+                torch.div(rows, denominator(block, at, scratch, dtype), out=scaled)
+                self._add_weighted(total, scaled @ rows.T, block.name)
+
+            gram = self._sweep(visit, (self.rank, self.rank), dtype, scaled_rows=True)
             gram = gram if self._sum is None else self._sum(gram)
             values, vectors = torch.linalg.eigh((0.5 * low_rank**2 * (gram + gram.T)).cpu())
             # I + a positive matrix: what rounding made of its small eigenvalues is no reason to give up
             self._stepped = (key, ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(device))
 
-        right = torch.zeros(self.rank, dtype=accumulator, device=device)
-        for name in self.names:
-            flat = theta[name].detach().reshape(-1)
-            for start, stop in self._blocks(name):
-                delta, diagonal = self._delta(name, flat, start, stop, work)
-                diagonal += _block(step.get(name, 0.0), start, stop, work)
-                right += self._weight(name) * (self._rows(name, start, stop, work) @ (delta / diagonal)).to(accumulator)
+        def project(block: Block, scratch: Scratch, total: Tensor) -> None:
+            scaled = self._offset(block, flat[block.name], scratch, work).div_(denominator(block, step, scratch, work))
+            self._add_weighted(total, torch.mv(self._some_rows(block, scratch, work), scaled), block.name)
+
+        tables = None if small else self._fused(given)
+        right = tables.project(flat, step) if tables else self._sweep(project, (self.rank,), work)
         right = low_rank * (right if self._sum is None else self._sum(right))
         if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
             return torch.full_like(right, math.nan)
@@ -482,26 +502,39 @@ class LowRankGaussian:
         self._checked_names(vectors)
         low_rank, device = self._low_rank_scale(), self._device()
         flat = {name: vectors[name].detach().reshape(-1) for name in self.names}
-        product: dict[str, Tensor] = {}
+        types = {name: torch.promote_types(tensor.dtype, torch.float32) for name, tensor in flat.items()}
+        work = self._elementwise(vectors)
+        product = {name: torch.empty(t.numel(), dtype=types[name], device=device) for name, t in flat.items()}
+
+        def vector(block: Block, scratch: Scratch) -> Tensor:
+            values = flat[block.name][block.start : block.stop]
+            dtype = types[block.name]
+            return (
+                values
+                if values.dtype == dtype and values.device == device
+                else scratch.take("vector", values.shape, dtype).copy_(values)
+            )
+
+        def project(block: Block, scratch: Scratch, total: Tensor) -> None:
+            rows = self._some_rows(block, scratch, types[block.name])
+            self._add_weighted(total, torch.mv(rows, vector(block, scratch)), block.name)
+
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             inner = torch.zeros(self.rank, dtype=_accumulator(device), device=device)
-            for name in self.names if low_rank else ():
-                dtype = torch.promote_types(flat[name].dtype, torch.float32)
-                for start, stop in self._blocks(name):
-                    part = self._rows(name, start, stop, dtype) @ flat[name][start:stop].to(dtype)
-                    inner += self._weight(name) * part.to(inner.dtype)
-            if low_rank and self._sum is not None:
-                self._sum(inner)
-            for name in self.names:
-                dtype = torch.promote_types(flat[name].dtype, torch.float32)
-                out = torch.empty(flat[name].numel(), dtype=dtype, device=flat[name].device)
-                for start, stop in self._blocks(name):
-                    block = self._diagonal(name, start, stop, dtype) * flat[name][start:stop].to(dtype)
-                    if low_rank:
-                        block += (low_rank**2 * inner).to(dtype) @ self._rows(name, start, stop, dtype)
-                    out[start:stop] = block
-                product[name] = out.view(vectors[name].shape)
-        return product
+            if low_rank:
+                inner = self._sweep(project, (self.rank,), work)
+                inner = inner if self._sum is None else self._sum(inner)
+            combination = {dtype: (low_rank**2 * inner).to(dtype) for dtype in set(types.values())}
+
+            def write(block: Block, scratch: Scratch, total: Tensor) -> None:
+                del total
+                dtype, out = types[block.name], product[block.name][block.start : block.stop]
+                torch.mul(self._scaled_variance(block, scratch, dtype), vector(block, scratch), out=out)
+                if low_rank:
+                    out.addmv_(self._some_rows(block, scratch, dtype).T, combination[dtype])
+
+            self._sweep(write, (), work)
+        return {name: out.view(vectors[name].shape) for name, out in product.items()}
 
     def conditional(self, given: Mapping[str, Tensor]) -> LowRankGaussian:
         """The Gaussian over the other names, given the values of some: what a prior says once a part of the model is frozen.
@@ -535,7 +568,7 @@ class LowRankGaussian:
                     delta, diagonal = known._delta(name, flat, start, stop, accumulator)
                     right += self._weight(name) * (known._rows(name, start, stop, accumulator) @ (delta / diagonal))
             right = low_rank * (right if self._sum is None else self._sum(right))
-            factor = known._factorised(known._gram(accumulator, device))
+            factor = known._factorised(known._gram(accumulator))
             shift = torch.cholesky_solve(right[:, None], factor)[:, 0]
             # (C C^T)^-1 = L L^T with L = C^-T, so that the rows become L^T D = C^-1 D
             mean, deviations = {}, {}
@@ -709,40 +742,55 @@ class LowRankGaussian:
 
     # ----------------------------------------------------------------------------------------------------- internals
 
-    def _evaluate(self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None) -> Tensor:
-        """The penalty; `emit(name, start, stop, values)` receives the gradient block by block, flat."""
+    def _evaluate(
+        self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None, share: float | Tensor = 1.0
+    ) -> Tensor:
+        """The penalty; adds share * gradient to `into`, name -> (n,), flat and contiguous."""
         device = self._device()
         with torch.autocast(device.type, enabled=False):  # an autocast region around us would multiply in bfloat16
-            return self._evaluate_in_full(theta, emit, device)
+            return self._evaluate_in_full(theta, into or {}, share, device)
 
     def _evaluate_in_full(
-        self, theta: Mapping[str, Tensor], emit: Callable[[str, int, int, Tensor], None] | None, device: torch.device
+        self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], share: float | Tensor, device: torch.device
     ) -> Tensor:
+        share = share.to(device) if isinstance(share, Tensor) else share
         accumulator = _accumulator(device)
         low_rank = self._low_rank_scale()
         factor = self._cholesky()
+        flat = {name: theta[name].detach().reshape(-1) for name in self.names}
+        tables = self._fused([*flat.values(), *into.values()])
         z = torch.zeros(self.rank, dtype=accumulator, device=device)
         if factor is not None:
-            for name in self.names:
-                weight, flat = self._weight(name), theta[name].detach().reshape(-1)
-                for start, stop in self._blocks(name):
-                    delta, diagonal = self._delta(name, flat, start, stop)
-                    rows = self._rows(name, start, stop, delta.dtype)
-                    z += weight * (rows @ (delta / diagonal)).to(accumulator)
+
+            def project(block: Block, scratch: Scratch, total: Tensor) -> None:
+                """U^T A^-1 delta, without the factor of U."""
+                dtype = self._work_type(flat[block.name], block.name)
+                scaled = self._offset(block, flat[block.name], scratch, dtype)
+                scaled.div_(self._scaled_variance(block, scratch, dtype))
+                self._add_weighted(total, torch.mv(self._some_rows(block, scratch, dtype), scaled), block.name)
+
+            z = tables.project(flat) if tables else self._sweep(project, (self.rank,), self._elementwise(theta))
             if self._sum is not None:
                 self._sum(z)
             z = torch.cholesky_solve((low_rank * z).unsqueeze(1), factor).squeeze(1)
-        total = torch.zeros((), dtype=accumulator, device=device)
-        for name in self.names:
-            weight, flat = self._weight(name), theta[name].detach().reshape(-1)
-            for start, stop in self._blocks(name):
-                residual, diagonal = self._delta(name, flat, start, stop)
-                if factor is not None:
-                    residual -= (low_rank * z).to(residual.dtype) @ self._rows(name, start, stop, residual.dtype)
-                gradient = residual / diagonal
-                total += weight * (residual * gradient).sum(dtype=accumulator)
-                if emit is not None:
-                    emit(name, start, stop, gradient)
+        combination = {dtype: (low_rank * z).to(dtype) for dtype in {self._work_type(flat[n], n) for n in self.names}}
+
+        def residual_and_gradient(block: Block, scratch: Scratch, total: Tensor) -> None:
+            """r = delta - U z and A^-1 r, and what r adds to the penalty."""
+            dtype = self._work_type(flat[block.name], block.name)
+            residual = self._offset(block, flat[block.name], scratch, dtype)
+            if factor is not None:
+                residual.addmv_(self._some_rows(block, scratch, dtype).T, combination[dtype], alpha=-1)
+            gradient = self._scaled_variance(block, scratch, dtype)
+            torch.div(residual, gradient, out=gradient)
+            self._add_weighted(total, _dot(residual, gradient), block.name)
+            if block.name in into:
+                _add_scaled_(into[block.name][block.start : block.stop], gradient, share)
+
+        if tables:
+            total = tables.finish(flat, None if factor is None else low_rank * z, into, share)
+        else:
+            total = self._sweep(residual_and_gradient, (), self._elementwise(theta))
         if self._sum is not None:
             self._sum(total)
         return 0.5 * (total + z.square().sum())
@@ -755,7 +803,7 @@ class LowRankGaussian:
         if self._factor is None:
             device = self._device()
             with torch.autocast(device.type, enabled=False):
-                gram = self._gram(_accumulator(device), device)
+                gram = self._gram(_accumulator(device))
             self._factor = self._factorised(gram)
         return self._factor
 
@@ -771,14 +819,16 @@ class LowRankGaussian:
             )
         return factor
 
-    def _gram(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _gram(self, dtype: torch.dtype) -> Tensor:
         """D A^-1 D^T, (K, K), over all ranks."""
-        gram = torch.zeros(self.rank, self.rank, dtype=dtype, device=device)
-        for name in self.names:
-            weight = self._weight(name)
-            for start, stop in self._blocks(name):
-                rows = self._rows(name, start, stop, dtype)
-                gram += weight * (rows / self._diagonal(name, start, stop, dtype)) @ rows.T
+
+        def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
+            rows = self._some_rows(block, scratch, dtype)
+            scaled = scratch.take("scaled rows", rows.shape, dtype)
+            torch.div(rows, self._scaled_variance(block, scratch, dtype), out=scaled)
+            total.addmm_(scaled, rows.T, alpha=self._weight(block.name))
+
+        gram = self._sweep(visit, (self.rank, self.rank), dtype, scaled_rows=True)
         return gram if self._sum is None else self._sum(gram)
 
     def _low_rank_scale(self) -> float:
@@ -800,9 +850,90 @@ class LowRankGaussian:
 
     def _blocks(self, name: str) -> Iterator[tuple[int, int]]:
         tensor = self.mean[name]
-        size = _CPU_BLOCK if tensor.device.type == "cpu" else _DEVICE_BLOCK
+        size = _CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
         for start in range(0, tensor.numel(), size):
             yield start, min(start + size, tensor.numel())
+
+    # What `sweep` needs: views of each block's operands, made once, and their values in memory that is used again.
+
+    def _sweep(
+        self,
+        visit: Callable[[Block, Scratch, Tensor], None],
+        shape: tuple[int, ...],
+        work: torch.dtype,
+        *,
+        scaled_rows: bool = False,
+    ) -> Tensor:
+        """`sweep` over all blocks, with sums in the accumulator's type.
+
+        Args:
+            visit: as in `sweep`.
+            shape: of what it sums.
+            work: the type of the elementwise work.
+            scaled_rows: whether it needs memory for rows even where they are stored in that type.
+        """
+        small = scaled_rows or any(rows.dtype != work for rows in self.deviations.values())
+        if small not in self._chunks:
+            sizes = [(name, mean.numel()) for name, mean in self.mean.items()]
+            chunks = self._chunks[small] = blocks_of(sizes, self._device(), copied_rows=self.rank if small else 0)
+            flat: tuple[Tensor, ...] = ()
+            last = None
+            for block in itertools.chain.from_iterable(chunks):
+                if block.name != last:  # a tensor that is not contiguous is copied here, once
+                    last, flat = block.name, (self.mean[block.name].reshape(-1), self.variance[block.name].reshape(-1))
+                    if self.deviations:
+                        flat += (self.deviations[block.name].reshape(self.rank, -1),)
+                self._views[block] = tuple(t[..., block.start : block.stop] for t in flat)
+        numbers = self.num_parameters * (self.rank + 3)
+        device = self._device()
+        return sweep(self._chunks[small], visit, shape, dtype=_accumulator(device), device=device, numbers=numbers)
+
+    def _fused(self, given: Sequence[Tensor]) -> Tables | None:
+        """The kernels' view of this Gaussian, if they can do the work with what is given; see fused.py."""
+        device = self._device()
+        stored = [*self.mean.values(), *self.variance.values(), *self.deviations.values()]
+        if not is_available(device) or not takes([*stored, *given], device) or not all(t.is_contiguous() for t in given):
+            return None
+        if self._tables is None:
+            operands = {}
+            for name, mean in self.mean.items():
+                rows = self.deviations[name].reshape(self.rank, -1).contiguous() if self.deviations else None
+                operands[name] = mean.reshape(-1).contiguous(), self.variance[name].reshape(-1).contiguous(), rows
+            weights = {name: self._weight(name) for name in self.names}
+            self._tables = Tables(operands, weights, factor=self.scale * self.diagonal_weight, eps=self.eps)
+        return self._tables
+
+    def _work_type(self, theta: Tensor, name: str) -> torch.dtype:
+        """The type of the elementwise work on one tensor: float32 or wider."""
+        return torch.promote_types(torch.promote_types(theta.dtype, self.mean[name].dtype), torch.float32)
+
+    def _offset(self, block: Block, flat: Tensor, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+        """theta - mean of a block, (n,), in scratch memory."""
+        mean = self._views[block][0]
+        theta = flat[block.start : block.stop]
+        out = scratch.take("offset", mean.shape, dtype)
+        if torch.promote_types(theta.dtype, mean.dtype) == dtype and theta.device == mean.device:
+            return torch.sub(theta, mean, out=out)
+        return out.copy_(theta).sub_(mean)  # torch would subtract two bfloat16 tensors in bfloat16
+
+    def _scaled_variance(self, block: Block, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+        """A of a block, (n,), in scratch memory."""
+        variance = self._views[block][1]
+        out = scratch.take("diagonal", variance.shape, dtype)
+        factor = self.scale * self.diagonal_weight
+        out = torch.mul(variance, factor, out=out) if variance.dtype == dtype else out.copy_(variance).mul_(factor)
+        return out.add_(self.eps) if self.eps else out
+
+    def _some_rows(self, block: Block, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+        """The deviations of a block, (K, n): a view, or in scratch memory where they are stored in another type."""
+        part = self._views[block][2]
+        if part.dtype == dtype:
+            return part
+        return scratch.take("rows", part.shape, dtype).copy_(part)
+
+    def _add_weighted(self, total: Tensor, part: Tensor, name: str) -> None:
+        """total += part, this rank's share of it where ranks hold the same entries."""
+        total.add_(part, alpha=self._weight(name))
 
     def _weight(self, name: str) -> float:
         return 1.0 if self._contributions is None else self._contributions[name]
@@ -844,11 +975,28 @@ class _PenaltyFunction(torch.autograd.Function):
         return (None, *((g * output.to(g.dtype)).to(dtype) for g, dtype in pairs))
 
 
-def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype) -> float | Tensor:
+def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
+    """out += factor * values, rounded to the type of `out` once; `values` may be overwritten."""
+    if out.dtype == values.dtype and out.device == values.device and not isinstance(factor, Tensor):
+        out.add_(values, alpha=factor)
+    else:
+        out += values.mul_(factor).to(out)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """The inner product of two flat tensors, 0-d: in float32 in pieces, so that rounding does not grow with their length."""
+    if left.dtype == torch.float64 or left.numel() <= _PIECE:
+        return torch.dot(left, right)
+    whole = left.numel() // _PIECE * _PIECE
+    parts: Tensor = torch.linalg.vecdot(left[:whole].view(-1, _PIECE), right[:whole].view(-1, _PIECE))
+    return parts.sum(dtype=_accumulator(left.device)) + torch.dot(left[whole:], right[whole:])
+
+
+def _block(length: float | Tensor, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """The part of a step length (a number, 0-d, or flat) that belongs to one block."""
     if not isinstance(length, Tensor):
         return length
-    return (length[start:stop] if length.ndim else length).to(dtype)
+    return (length[start:stop] if length.ndim else length).to(device=device, dtype=dtype)
 
 
 def _nearby(step: Mapping[str, float | Tensor]) -> tuple[Mapping[str, float | Tensor], tuple[tuple[str, float], ...] | None]:
@@ -894,8 +1042,8 @@ def truncated_weights(rank: int, kept: int, diagonal: float, low_rank: float) ->
 def check_finite(what: str, tensor: Tensor) -> None:
     """Raise `PriorNumericsError` naming `what` and counting the entries if any value is NaN or infinite."""
     flat = tensor.reshape(-1)
-    for start in range(0, flat.numel(), _DEVICE_BLOCK):
-        finite = torch.isfinite(flat[start : start + _DEVICE_BLOCK])
+    for start in range(0, flat.numel(), DEVICE_BLOCK):
+        finite = torch.isfinite(flat[start : start + DEVICE_BLOCK])
         if not finite.all():
             bad = flat.numel() - int(torch.isfinite(flat).sum())
             raise PriorNumericsError(f"{what} has {bad} of {flat.numel()} entries that are NaN or infinite.")

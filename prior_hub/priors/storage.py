@@ -28,15 +28,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors import safe_open as _safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError
@@ -47,7 +48,7 @@ from prior_hub.priors.config import (
     check_weight_file_name,
     parse_json,
 )
-from prior_hub.priors.gaussian import check_finite
+from prior_hub.priors.tensor_files import Spec, not_finite, progress, spec_of, verify_file, write_file
 
 _fcntl: ModuleType | None
 try:
@@ -60,6 +61,7 @@ _WINDOWS = os.name == "nt"
 __all__ = [
     "CARD_NAME",
     "INDEX_NAME",
+    "Cut",
     "StoredPrior",
     "file_sha256",
     "open_tensors",
@@ -81,8 +83,13 @@ _STAGING = ".prior-staging-"
 _TRASH = ".prior-trash-"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = ("mean", "variance", "deviations")
+_METADATA = {"format": "pt"}  # as every file that safetensors writes for torch
 _READ_TRIES = 50  # saves that may come in between while one prior is read
+_MOST_FILES = 8  # files verified at a time; each needs two buffers of 8 MiB
 _T = TypeVar("_T")
+
+Cut = Callable[[str, str, Tensor], Tensor]
+"""(kind, name, mapped tensor) -> the part of it that a process wants."""
 
 
 @dataclass(frozen=True)
@@ -109,49 +116,59 @@ def write_prior(
 ) -> PriorConfig:
     """Write a prior atomically; returns the configuration as written, with the hash of every weight file.
 
+    One tensor is read at a time, and checked, hashed and written in one pass over it; nothing is held twice.
+
     Args:
         folder: created if missing; other files in it stay.
         config: its `weight_files` is filled in here.
-        tensors: storage key ("mean.<param>", ...) -> tensor.
+        tensors: storage key ("mean.<param>", ...) -> tensor, on any device. It may be a mapping that makes a tensor when it is
+            asked for: each is asked for once, in no particular order, and let go of before the next, so that a prior larger
+            than memory can be written. Its shape and type are those of `config`.
         max_shard_size: bytes, or a text such as "5GB"; a single larger tensor makes a shard of its own.
         extra_files: file name -> text, committed together with the prior (the model card).
 
     Raises:
         PriorFormatError: the tensors are not those the configuration declares.
-        PriorNumericsError: a value is NaN or infinite. Nothing was written then.
-        OSError: the disk is full or not writable; the old prior is untouched.
+        PriorNumericsError: a value is NaN or infinite.
+        OSError: the disk is full or not writable.
+        After any of them the folder is as it was: with the old prior, or not there.
     """
     folder = Path(folder)
-    _check_tensors(config, tensors)
+    keys = tuple(tensors)
+    known: Mapping[str, Tensor] = tensors  # what there is already
+    if not isinstance(tensors, dict):
+        known = {key: tensors[key] for key in keys if key.startswith("buffer.")}
+    layout = _declared(config, keys, known)
     config.to_json()  # refuses what JSON cannot hold before gigabytes are written
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point():
-            check_finite(key, tensor)
-    shards = _plan_shards(tensors, parse_size(max_shard_size))
-    folder.mkdir(parents=True, exist_ok=True)
+    shards = _plan_shards(layout, parse_size(max_shard_size))
+    total = sum(spec.nbytes for spec in layout.values())
     with _exclusive(folder):
         _tidy(folder)
         staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
         staging.mkdir()
         try:
             hashes = {}
-            for name, keys in shards.items():
-                save_tensors({key: tensors[key] for key in keys}, staging / name)
-                hashes[name] = file_sha256(staging / name)
+            with progress(total, f"Writing {folder.name}") as advance:
+                for name, inside in shards.items():
+                    hashes[name] = write_file(
+                        staging / name,
+                        {key: layout[key] for key in inside},
+                        lambda key: known[key] if key in known else tensors[key],
+                        metadata=_METADATA,
+                        finite=True,
+                        advance=advance,
+                    )
             if len(shards) > 1:
-                total = sum(t.numel() * t.element_size() for t in tensors.values())
                 index = {
                     "metadata": {"total_size": total},
-                    "weight_map": {key: name for name, keys in shards.items() for key in keys},
+                    "weight_map": {key: name for name, inside in shards.items() for key in inside},
                 }
                 (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for name, text in (extra_files or {}).items():
                 (staging / name).write_text(text, encoding="utf-8")
             written = config.replace(weight_files=hashes)
             (staging / CONFIG_NAME).write_text(written.to_json(), encoding="utf-8")
-            mode = (staging / CONFIG_NAME).stat().st_mode
             for path in staging.iterdir():
-                path.chmod(mode)  # safetensors makes its files readable by their owner only
                 sync(path)
             sync(staging)
             staging.rename(folder / COMMIT_NAME)  # from here on the new prior is the current one
@@ -176,10 +193,21 @@ def parse_size(size: int | str) -> int:
     return max(1, int(float(match[1]) * (1024 if match[3] else 1000) ** power))
 
 
-def _check_tensors(config: PriorConfig, tensors: Mapping[str, Tensor]) -> None:
-    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    dtypes = {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}
+def _declared(config: PriorConfig, keys: Iterable[str], known: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """Key -> type and shape of what is to be written, in its order; of what is not there yet, by the configuration."""
+    layout: dict[str, Spec] = {}
+    for key in keys:
+        kind, _, name = key.partition(".")
+        shape = config.parameters.get(name, ()) if kind in _KINDS else ()
+        if key in known:
+            layout[key] = spec_of(known[key])
+        else:
+            dtype = getattr(torch, config.dtype.get(kind, "float32"))
+            layout[key] = Spec(dtype, (config.rank, *shape) if kind == "deviations" else shape)
+    shapes = {key: spec.shape for key, spec in layout.items()}
+    dtypes: dict[str, str | None] = {key: str(spec.dtype).removeprefix("torch.") for key, spec in layout.items()}
     _check_layout(config, shapes, dtypes, "the tensors to write")
+    return layout
 
 
 def _check_layout(
@@ -206,12 +234,12 @@ def _check_layout(
             raise PriorFormatError(f"{where}: {key} is stored as {dtypes[key]}, the configuration says {expected}.")
 
 
-def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+def _plan_shards(layout: Mapping[str, Spec], limit: int) -> dict[str, list[str]]:
     """File name -> keys, filled greedily in order."""
     groups: list[list[str]] = [[]]
     used = 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+    for key, spec in layout.items():
+        size = spec.nbytes
         if groups[-1] and used + size > limit:
             groups.append([])
             used = 0
@@ -224,22 +252,10 @@ def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[st
     return {f"prior-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file; tensors that share memory (the same one under two names) are written once per key."""
-    storable: dict[str, Tensor] = {}
-    taken: dict[int, list[tuple[int, int]]] = {}  # storage -> ranges of bytes
-    for key, tensor in tensors.items():
-        flat = tensor.detach().to("cpu").contiguous()
-        start = flat.data_ptr()
-        stop = start + flat.numel() * flat.element_size()
-        ranges = taken.setdefault(flat.untyped_storage().data_ptr(), [])
-        storable[key] = flat.clone() if any(start < b and a < stop for a, b in ranges) else flat
-        ranges.append((start, stop))
-    try:
-        save_file(storable, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, f"cannot write the file ({error})", str(path)) from error
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
+    """Write one safetensors file and return its sha256; tensors of any device and strides, copied in blocks if at all."""
+    layout = {key: spec_of(tensor) for key, tensor in tensors.items()}
+    return write_file(path, layout, tensors.__getitem__, metadata={**_METADATA, **(metadata or {})})
 
 
 def _roll_forward(folder: Path) -> None:
@@ -284,16 +300,43 @@ def _tidy(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """One saving process per folder at a time, by a lock on the folder itself (it ends with the process)."""
-    if _fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    """Make the folder, for one saving process at a time; if that one fails, folders made for it are removed again.
+
+    The lock is on the folder itself and ends with the process.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    handle = _lock(folder)
     try:
-        _fcntl.flock(handle, _fcntl.LOCK_EX)
         yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # somebody else put something into it
+                path.rmdir()
+        raise
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if _fcntl is None:
+            return None
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # as below
+            continue
+        try:
+            _fcntl.flock(handle, _fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the process that held the lock failed, and removed the folder that it had made
 
 
 def sync(path: Path) -> None:
@@ -350,14 +393,22 @@ def prior_files(folder: str | os.PathLike[str], config: PriorConfig) -> list[Pat
     return [path for path in wanted if path.is_file()]
 
 
-def read_prior(folder: str | os.PathLike[str], *, rank: int | None = None, verify: bool = True) -> StoredPrior:
+def read_prior(
+    folder: str | os.PathLike[str], *, rank: int | None = None, verify: bool = True, cut: Cut | None = None
+) -> StoredPrior:
     """Read a prior: names, shapes and types are checked before any tensor is made, values and hashes by default.
+
+    Tensors are memory-mapped: what is not used is never read, and what is used lies once in the system's cache, whichever
+    process uses it.
 
     Args:
         folder: a local folder.
         rank: read only the first `rank` deviations (the most recent snapshots); their weights are the caller's matter.
-        verify: also compare every file with its sha256 and refuse NaN and infinities. This reads each byte once;
-            without it tensors are memory-mapped and read when used.
+        verify: also compare every file with its sha256 and refuse NaN and infinities. This reads each byte once, several
+            files at a time, and keeps none of them in the memory of the process.
+        cut: (kind, name, tensor) -> the part of it that is wanted, for a process that holds a shard; kind is "mean",
+            "variance" (*shape) or "deviations" (rank, *shape). The tensor is mapped: slices and chunks of it are views, and
+            only the bytes of what is then used or copied are touched. Not asked for buffers.
 
     Raises:
         PriorNotFoundError: no such folder, or no prior in it.
@@ -365,7 +416,7 @@ def read_prior(folder: str | os.PathLike[str], *, rank: int | None = None, verif
         PriorNumericsError: NaN or infinities.
     """
     folder = Path(folder)
-    return _undisturbed(folder, lambda: _read(folder, rank, verify))
+    return _undisturbed(folder, lambda: _read(folder, rank, verify, cut))
 
 
 def _undisturbed(folder: Path, read: Callable[[], _T]) -> _T:
@@ -398,21 +449,38 @@ def _state(folder: Path) -> tuple[object, ...]:
     return tuple(result)
 
 
-def _read(folder: Path, rank: int | None, verify: bool) -> StoredPrior:
+def _read(folder: Path, rank: int | None, verify: bool, cut: Cut | None) -> StoredPrior:
     current = _current(folder)
     path = current / CONFIG_NAME
     config = PriorConfig.from_json(read_bounded(path), where=str(path))
     if rank is not None and not 0 <= rank <= config.rank:
         raise ValueError(f"rank {rank} is not between 0 and {config.rank}, the rank of the prior in {folder}.")
+    kept = config.rank if rank is None else rank
     files = _weight_files(current, config)
+    try:
+        groups, where = _map(current, config, files, kept)
+    except PriorFormatError:
+        if verify:
+            _verify(current, config, files, None)  # that the file is another one says more than what is wrong with it
+        raise
     if verify:
-        for name, digest in config.weight_files.items():
-            found = file_sha256(files[name])
-            if found != digest:
-                raise PriorFormatError(
-                    f"{files[name]} is not the file this prior was saved with (sha256 {found[:12]}..., expected "
-                    f"{digest[:12]}...): it was altered, truncated or mixed with another version. Save or download it again."
-                )
+        rows = kept if kept < config.rank else None
+        wanted: dict[str, dict[str, int | None]] = {file: {} for file in files}
+        for key, file in where.items():
+            if rows != 0 or not key.startswith("deviations."):
+                wanted[file][key] = rows if key.startswith("deviations.") else None
+        _verify(current, config, files, wanted)
+    buffers = {name: groups["buffer"][name] for name in config.buffers}
+    found = {kind: {n: groups[kind][n] for n in config.parameters if n in groups[kind]} for kind in _KINDS}
+    if cut is not None:
+        found = {kind: {n: cut(kind, n, tensor) for n, tensor in tensors.items()} for kind, tensors in found.items()}
+    return StoredPrior(config, found["mean"], found["variance"], found["deviations"], buffers)
+
+
+def _map(
+    current: Path, config: PriorConfig, files: Mapping[str, Path], kept: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Kind -> name -> mapped tensor, and key -> file, after the layout is found to be the declared one."""
     groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_KINDS, "buffer")}
     with contextlib.ExitStack() as stack:
         handles = {name: stack.enter_context(open_tensors(path)) for name, path in files.items()}
@@ -423,18 +491,39 @@ def _read(folder: Path, rank: int | None, verify: bool) -> StoredPrior:
         _check_layout(config, shapes, dtypes, str(current))
         for key, part in slices.items():
             kind, name = key.split(".", 1)
-            if kind == "deviations" and rank is not None and rank < config.rank:
-                if rank == 0:
-                    continue
-                tensor = part[:rank]
-            else:
-                tensor = handles[where[key]].get_tensor(key)
-            if verify and tensor.is_floating_point():
-                check_finite(f"{key} in {current}", tensor)
-            groups[kind][name] = tensor
-    ordered = {kind: {n: groups[kind][n] for n in config.parameters if n in groups[kind]} for kind in _KINDS}
-    buffers = {name: groups["buffer"][name] for name in config.buffers}
-    return StoredPrior(config, ordered["mean"], ordered["variance"], ordered["deviations"], buffers)
+            if kind != "deviations" or kept == config.rank:
+                groups[kind][name] = handles[where[key]].get_tensor(key)
+            elif kept:
+                groups[kind][name] = part[:kept]
+    return groups, where
+
+
+def _verify(
+    current: Path, config: PriorConfig, files: Mapping[str, Path], wanted: Mapping[str, Mapping[str, int | None]] | None
+) -> None:
+    """Compare the files with their hashes, several at a time, and look for NaN and infinities in the `wanted` rows."""
+    total = sum(path.stat().st_size for path in files.values())
+    workers = min(len(files), os.cpu_count() or 1, _MOST_FILES)
+    with progress(total, f"Verifying {current.name}") as advance, ThreadPoolExecutor(workers) as pool:
+        tasks = {
+            name: pool.submit(verify_file, path, None if wanted is None else wanted[name], advance=advance)
+            for name, path in files.items()
+        }
+        try:
+            results = {name: task.result() for name, task in tasks.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for name, digest in config.weight_files.items():
+        found = results[name][0]
+        if found != digest:
+            raise PriorFormatError(
+                f"{files[name]} is not the file this prior was saved with (sha256 {found[:12]}..., expected "
+                f"{digest[:12]}...): it was altered, truncated or mixed with another version. Save or download it again."
+            )
+    for _, bad in results.values():
+        for key, (count, size) in bad.items():
+            raise not_finite(f"{key} in {current}", count, size)
 
 
 def _current(folder: Path) -> Path:

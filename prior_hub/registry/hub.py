@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -59,10 +60,12 @@ __all__ = [
     "download_config",
     "download_legacy",
     "download_prior",
+    "scratch_folder",
     "upload_prior",
 ]
 
 LIBRARY_NAME = "prior-hub"
+_LARGE_PUSH = 256_000_000  # bytes
 _PUSH_TRIES = 3
 _PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
@@ -218,6 +221,23 @@ def _download_config(
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads
+
+
+def scratch_folder(size: int) -> Path | None:
+    """Where to make files of `size` bytes that are to be pushed; None: where the system makes its temporary files.
+
+    That place is often in memory, or small. Large files go where the client keeps its own (HF_HOME), as far as there is room,
+    unless TMPDIR says where.
+    """
+    if size < _LARGE_PUSH or any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")):
+        return None
+    folder = Path(constants.HF_HOME)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(folder).free
+    except OSError:  # it cannot be made
+        return None
+    return folder if os.access(folder, os.W_OK) and room > 1.05 * size else None
 
 
 def upload_prior(
