@@ -531,6 +531,15 @@ def test_a_state_holds_the_rows_that_were_filled(tmp_path):
         assert b.get_slice("ring.conv.weight").get_shape() == [8, 4, 1, 3, 3]
 
 
+def test_a_state_of_a_later_version_is_refused(tmp_path):
+    _, estimator, _ = collect(4, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swag, "_STATE_VERSION", "3")
+        estimator.save(tmp_path / "state.safetensors")
+    with pytest.raises(PriorFormatError, match=r"version 3, this prior_hub reads 1 and 2"):
+        SwagEstimator(4).load(tmp_path / "state.safetensors")
+
+
 @pytest.mark.parametrize("steps", [1, 3, 9])
 def test_a_state_of_version_1_with_weights_in_its_ring_goes_on(tmp_path, steps):
     """Version 1 wrote all K rows, snapshot i in row (i - 1) % K."""
@@ -591,7 +600,7 @@ class PretendedStreams:
         self.copies.append((landing, value))
 
     def record_event(self):
-        streams, copies, done = self, self.copies, threading.Event()
+        copies, done = self.copies, threading.Event()
         self.copies = []
 
         class Event:
@@ -605,7 +614,6 @@ class PretendedStreams:
                 if not done.wait(5):  # nothing ever waited: the copies come after whatever was done to the weights
                     self.run()
 
-        del streams
         return Event()
 
     def wait_event(self, event):

@@ -37,7 +37,7 @@ __all__ = ["Offload", "add_snapshot", "centre_rows", "count_not_finite", "differ
 
 # Entries of a block on the CPU. With several threads: the most that torch does not split over its own, whose barriers cost
 # more than they bring at these sizes (see priors/gaussian.py); blocks are shared out to Python threads instead. With one:
-# what costs least (measured: 44 ms at 2^17, 45 at 2^15, 55 at 2^14, for 25.6 million weights and 34 ms of plain copies).
+# what costs least (measured: 44 ms at 2^17, 45 at 2^15, 55 at 2^14, for one tensor of 25.6 million and 34 ms of plain copies).
 _SHARED_BLOCK = 1 << 15
 _LONE_BLOCK = 1 << 17
 _LEAST_BLOCK = 1 << 14  # of K rows at once: a third faster than 2^12, where Python takes its time

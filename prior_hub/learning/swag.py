@@ -454,6 +454,11 @@ class SwagEstimator:
         if text is None:
             raise PriorFormatError(f"{path} is a safetensors file, but not the state of a SwagEstimator.")
         header = json.loads(text)
+        if header.get("version") not in ("1", _STATE_VERSION):
+            raise PriorFormatError(
+                f"{path} is a state of version {header.get('version')}, this prior_hub reads 1 and {_STATE_VERSION}: resume "
+                "with the prior_hub that wrote it."
+            )
         mine = {
             "rank": self.rank,
             "variance_floor": self.variance_floor,
