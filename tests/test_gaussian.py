@@ -610,3 +610,38 @@ def test_blocks_do_not_change_covariance_products_noise_or_conditionals(monkeypa
     monkeypatch.setattr(module, "_CPU_BLOCK", 3)
     for one, other in zip(whole, results(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_tensors_joined_give_what_each_gives_by_itself(rank, dtype, monkeypatch):
+    shapes = {"a": (50, 10), "b": (3,), "scalar": (), "large": (20_000,), "empty": (0, 4), "c": (7, 2)}
+    prior = make(rank, shapes=shapes, deviations_dtype=dtype, eps=1e-3)
+    weighted = prior._with(contributions=dict.fromkeys(shapes, 1.0) | {"b": 0.5, "c": 0.5}, sum_over_ranks=lambda t: t)
+    theta = near(prior)
+    for one in (prior, weighted):
+        apart = one._with()
+        monkeypatch.setattr(apart, "_pack", lambda: None)
+        assert len(one._pack().groups) == (1 if one is prior else 2)
+        value, gradient = one.penalty_and_gradient(theta)
+        expected, expected_gradient = apart.penalty_and_gradient(theta)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+        into = {n: torch.ones(theta[n].shape, dtype=torch.float64 if n == "a" else None) for n in ("a", "c", "large")}
+        one.add_gradient_(theta, into, 0.3)
+        for name in shapes:
+            torch.testing.assert_close(gradient[name], expected_gradient[name], rtol=1e-5, atol=1e-4)
+        for name, found in into.items():
+            wanted = 1 + 0.3 * expected_gradient[name].double()
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+        for steps in (
+            dict.fromkeys(shapes, 0.1),
+            {"a": 0.1, "c": torch.full((7, 2), 0.3), "large": 1.0, "scalar": torch.tensor(0.2)},
+            {"large": 0.5},
+        ):
+            moved, wanted = ({n: t.clone() for n, t in theta.items()} for _ in range(2))
+            assert one.proximal_step_(moved, steps).item() == pytest.approx(
+                apart.proximal_step_(wanted, steps).item(), rel=1e-5
+            )
+            for name in shapes:
+                torch.testing.assert_close(moved[name], wanted[name], rtol=1e-5, atol=1e-5)
+                assert name in steps or torch.equal(moved[name], theta[name])

@@ -364,7 +364,7 @@ def one_thread():
 def test_a_snapshot_makes_no_temporary_above_a_block_and_passes_over_memory_as_often_at_every_rank(
     one_thread, monkeypatch, rank, kind, snapshots_dtype
 ):
-    monkeypatch.setattr(moments, "_LONE_BLOCK", 1 << 14)
+    monkeypatch.setattr(moments, "_CPU_BLOCK", 1 << 14)
     model = big(torch.bfloat16 if kind == "bfloat16" else torch.float32, channels_last=kind == "channels_last")
     size = sum(p.numel() for p in model.parameters())
     estimator = SwagEstimator(rank, head=(), snapshots_dtype=snapshots_dtype)
@@ -391,7 +391,7 @@ def test_a_prior_that_takes_the_estimate_over_is_the_same_and_lies_in_its_memory
     assert copying.largest <= 4 * largest  # the deviations of one tensor
     with Operations() as taking:
         prior = given.prior(release=True)
-    assert taking.largest <= max(largest, moments._LONE_BLOCK) * 4
+    assert taking.largest <= max(largest, moments._CPU_BLOCK) * 4
     for kind in ("mean", "variance", "deviations"):
         a, b = getattr(expected, kind), getattr(prior, kind)
         assert all(torch.equal(a[n], b[n]) for n in a), kind
@@ -428,8 +428,7 @@ def test_bits_do_not_depend_on_blocks_threads_layout_or_the_path_of_accelerators
     for i, _ in enumerate(walk(model, 6)):
         plain.update(model)
         with monkeypatch.context() as patch:
-            patch.setattr(moments, "_LONE_BLOCK", 100)
-            patch.setattr(moments, "_SHARED_BLOCK", 100)
+            patch.setattr(moments, "_CPU_BLOCK", 100)
             patch.setattr(moments, "_DEVICE_BLOCK", 3000)
             if path == "threads":
                 patch.setattr(moments, "_WORTH_THREADS", 0)

@@ -26,20 +26,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from prior_hub.priors.blocks import in_threads
+
 __all__ = ["Offload", "add_snapshot", "centre_rows", "count_not_finite", "differences_from_snapshots", "surely_finite"]
 
-# Entries of a block on the CPU. With several threads: the most that torch does not split over its own, whose barriers cost
-# more than they bring at these sizes (see priors/gaussian.py); blocks are shared out to Python threads instead. With one:
-# what costs least (measured: 44 ms at 2^17, 45 at 2^15, 55 at 2^14, for one tensor of 25.6 million and 34 ms of plain copies).
-_SHARED_BLOCK = 1 << 15
-_LONE_BLOCK = 1 << 17
+# Entries of a block on the CPU: what costs least with one thread (measured: 44 ms at 2^17, 45 at 2^15, 55 at 2^14, for one
+# tensor of 25.6 million and 34 ms of plain copies); with several, blocks are shared out (priors/blocks.py), and shorter ones
+# wait for Python more than they work.
+_CPU_BLOCK = 1 << 17
 _LEAST_BLOCK = 1 << 14  # of K rows at once: a third faster than 2^12, where Python takes its time
 _THREADS = 4  # at most: memory is the limit
 _WORTH_THREADS = 1 << 21  # entries from which starting them pays
@@ -281,12 +282,8 @@ def copy_across(landing: Tensor, value: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------------- internals
 
 
-def _cpu_block() -> int:
-    return _LONE_BLOCK if torch.get_num_threads() == 1 else _SHARED_BLOCK
-
-
 def _block(device: torch.device) -> int:
-    return _cpu_block() if device.type == "cpu" else _DEVICE_BLOCK
+    return _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def _pieces(value: Tensor, block: int) -> Sequence[Tensor]:
@@ -306,7 +303,7 @@ def _cut(tensor: Tensor, rows: int) -> Sequence[Tensor]:
 
 def _shares(thread: int, threads: int, columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
     """Every threads-th block of tensors of one shape, over all of them; the first column's layout says how they are cut."""
-    block, passed = _cpu_block(), 0
+    block, passed = _CPU_BLOCK, 0
     for tensors in zip(*columns, strict=True):
         first = tensors[0]
         if first.numel() <= block:
@@ -330,8 +327,4 @@ def _in_threads(work: Callable[[int, int], None], entries: int) -> None:
         with torch.no_grad():  # holds for one thread only
             work(thread, threads)
 
-    if threads == 1:
-        without_graph(0)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="swag") as pool:
-        list(pool.map(without_graph, range(threads)))
+    in_threads([partial(without_graph, thread) for thread in range(threads)])

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Scratch", "blocks_of", "sweep"]
+__all__ = ["MOST_THREADS", "Block", "Scratch", "blocks_of", "in_threads", "part_length", "sweep"]
 
 # Entries. Two operands of a block stay in cache, and Python's time for a block (20 to 30 microseconds, in which the other
 # threads wait) is small against reading its rows. Measured with 1 and 2 threads: half of it takes a quarter longer.
@@ -32,7 +32,7 @@ _COPIED = 1 << 20  # rows x entries where rows are copied: 4 MB
 DEVICE_BLOCK = 1 << 24  # on accelerators: few large kernels, temporaries bounded at 64 MB per row
 _DEVICE_COPIED = 1 << 26
 _CHUNKS = 64  # so many accumulators at most
-_MOST_THREADS = 16  # beyond it Python's own time per block is what limits
+MOST_THREADS = 16  # beyond it Python's own time per block is what limits
 _INLINE = 1 << 20  # numbers read, below which starting threads costs more than it brings
 
 
@@ -125,19 +125,31 @@ def sweep(
                 for block in chunks[index]:
                     visit(block, scratch, accumulators[index])
 
-    threads = min(torch.get_num_threads(), len(chunks), _MOST_THREADS) if device.type == "cpu" else 1
-    if threads <= 1 or numbers < _INLINE or getattr(_here, "worker", False):
-        work()
-    else:
-        futures = [_POOL.submit(work, threads) for _ in range(threads)]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            waiting.clear()  # after an error (or an interrupt) the other threads stop at their next chunk
-            wait(futures)
-        for future in futures:
-            future.result()
+    threads = min(torch.get_num_threads(), len(chunks), MOST_THREADS) if device.type == "cpu" else 1
+    # after an error (or an interrupt) the other threads stop at their next chunk
+    in_threads([work] * (threads if numbers >= _INLINE else 1), stop=waiting.clear)
     return accumulators.sum(0)
+
+
+def in_threads(jobs: Sequence[Callable[[], None]], *, stop: Callable[[], None] = lambda: None) -> None:
+    """Run jobs side by side, each in a thread in which torch is single-threaded, and wait; one job runs where it is.
+
+    Args:
+        jobs: at most `MOST_THREADS`; a new thread has gradients enabled.
+        stop: called when one has failed, and at the end; the error is raised when all have ended.
+    """
+    if len(jobs) == 1 or getattr(_here, "worker", False):
+        for job in jobs:
+            job()
+        return
+    futures = [_POOL.submit(job, len(jobs)) for job in jobs]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        stop()
+        wait(futures)
+    for future in futures:
+        future.result()
 
 
 _here = threading.local()

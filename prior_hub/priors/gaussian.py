@@ -48,6 +48,7 @@ __all__ = ["LowRankGaussian", "swag_weights"]
 # Entries of a block where one thread does the work: below the size from which torch starts threads for one elementwise
 # operation, whose barriers cost more than they bring.
 _CPU_BLOCK = 1 << 14
+_JOINED = 1 << 14  # entries of a tensor up to which it is joined with others
 _PIECE = 1 << 10  # entries that one float32 sum runs over
 _SMALL = 1 << 23  # K x P up to which an implicit step works in float64 throughout
 
@@ -111,6 +112,7 @@ class LowRankGaussian:
         self._largest: dict[tuple[int, int], float] = {}  # of largest_precision
         self._views: dict[Block, tuple[Tensor, ...]] = {}  # of _sweep: mean (n,), variance (n,), deviations (K, n)
         self._tables: Tables | None = None  # of _fused
+        self._packed: tuple[_Packed] | None = None  # of _pack
         self._chunks: list[list[Block]] | None = None  # of _sweep
         self._parts: dict[Block, list[tuple[int, int, Tensor]]] = {}  # of _row_parts
         self._contributions = None if contributions is None else dict(contributions)
@@ -315,7 +317,10 @@ class LowRankGaussian:
         lengths = {n: c.reshape(-1) if isinstance(c, Tensor) and c.ndim else c for n, c in step.items()}
         lengths = {n: c for n, c in lengths.items() if isinstance(c, Tensor) or c != 0}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._step(theta, lengths, device) if lengths else self._evaluate(theta)
+            if not lengths:
+                return self._evaluate(theta)
+            packed = self._pack()
+            return self._step(theta, lengths, device) if packed is None else packed.step_(theta, lengths, device)
 
     def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
         accumulator = _accumulator(device)
@@ -741,6 +746,8 @@ class LowRankGaussian:
         """The penalty; adds share * gradient to `into`, name -> (n,), flat and contiguous."""
         device = self._device()
         with torch.autocast(device.type, enabled=False):  # an autocast region around us would multiply in bfloat16
+            if (packed := self._pack()) is not None:
+                return packed.evaluate(theta, into or {}, share, self._cholesky())
             return self._evaluate_in_full(theta, into or {}, share, device)
 
     def _evaluate_in_full(
@@ -903,6 +910,13 @@ class LowRankGaussian:
             torch.div(rows, diagonal[start:stop], out=scaled)
             self._add_weighted(total, scaled @ rows.T, block.name)
 
+    def _pack(self) -> _Packed | None:
+        """The same Gaussian with its small tensors together; None where there are not two of them, or kernels need it not."""
+        if self._packed is None:
+            self._packed = (_Packed(self),)
+        packed = self._packed[0]
+        return packed if packed.groups and not is_available(self._device()) else None
+
     def _fused(self, given: Sequence[Tensor]) -> Tables | None:
         """The kernels' view of this Gaussian, if they can do the work with what is given; see fused.py."""
         device = self._device()
@@ -966,6 +980,83 @@ class LowRankGaussian:
         return self.names
 
 
+class _Packed:
+    """A Gaussian whose small tensors are joined, so that a hundred of them cost as few operations as one.
+
+    Joined are those of the same types that count the same; they are copied once, their values in each evaluation.
+
+    Attributes:
+        groups: name of the joined tensor -> names of its parts.
+    """
+
+    def __init__(self, owner: LowRankGaussian) -> None:
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name, mean in owner.mean.items():
+            if 0 < mean.numel() <= _JOINED:
+                rows = owner.deviations[name].dtype if owner.deviations else None
+                alike.setdefault((mean.dtype, owner.variance[name].dtype, rows, owner._weight(name)), []).append(name)
+        self.groups = {f"{parts[0]} and {len(parts) - 1} more": parts for parts in alike.values() if len(parts) > 1}
+        self._sizes = {joined: [owner.mean[n].numel() for n in parts] for joined, parts in self.groups.items()}
+        if not self.groups:
+            return
+        together = {name for parts in self.groups.values() for name in parts}
+        self._alone = [name for name in owner.names if name not in together]
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for kind, lead in (("mean", ()), ("variance", ()), ("deviations", (owner.rank,))):
+            source: dict[str, Tensor] = getattr(owner, kind)
+            tensors[kind] = {name: source[name] for name in self._alone if source}
+            for joined, parts in self.groups.items() if source else ():
+                tensors[kind][joined] = torch.cat([source[name].reshape(*lead, -1) for name in parts], dim=-1)
+        weights = None
+        if owner._contributions is not None:
+            weights = {n: owner._weight(n) for n in self._alone} | {j: owner._weight(p[0]) for j, p in self.groups.items()}
+        self.gaussian = owner._with(**tensors, contributions=weights)
+
+    def evaluate(
+        self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], share: float | Tensor, factor: Tensor | None
+    ) -> Tensor:
+        """`LowRankGaussian._evaluate`, given the K x K factor."""
+        self.gaussian._factor = factor
+        targets = {name: into[name] for name in self._alone if name in into}
+        values = self._joined(theta)
+        for joined, parts in self.groups.items():
+            wanted = [into[name] for name in parts if name in into]
+            if wanted:
+                dtype = self.gaussian._work_type(values[joined], joined)
+                targets[joined] = torch.zeros(values[joined].numel(), dtype=dtype, device=wanted[0].device)
+        value = self.gaussian._evaluate_in_full(values, targets, share, self.gaussian._device())
+        for joined, parts in self.groups.items():
+            if joined in targets:
+                pairs = zip(parts, targets[joined].split(self._sizes[joined]), strict=True)
+                _add_each_([(into[name], part) for name, part in pairs if name in into])
+        return value
+
+    def step_(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
+        """`LowRankGaussian._step`: a name without a step stays what it is, to the bit."""
+        values = self._joined(theta)
+        steps = {name: step[name] for name in self._alone if name in step}
+        for joined, parts in self.groups.items():
+            lengths = [step.get(name, 0.0) for name in parts]
+            if any(isinstance(c, Tensor) for c in lengths) or len(set(lengths)) > 1:
+                like = values[joined]
+                each = zip(lengths, self._sizes[joined], strict=True)
+                steps[joined] = torch.cat([torch.as_tensor(c, dtype=like.dtype, device=like.device).expand(n) for c, n in each])
+            elif lengths[0]:
+                steps[joined] = lengths[0]
+        value = self.gaussian._step(values, steps, device)
+        for joined, parts in self.groups.items():
+            for name, part in zip(parts, values[joined].split(self._sizes[joined]), strict=True):
+                if name in step:
+                    theta[name].copy_(part.view(theta[name].shape))
+        return value
+
+    def _joined(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {name: theta[name] for name in self._alone}
+        for joined, parts in self.groups.items():
+            values[joined] = torch.cat([theta[name].detach().reshape(-1) for name in parts])
+        return values
+
+
 class _PenaltyFunction(torch.autograd.Function):
     """The penalty with its analytic gradient as its backward; not differentiable twice."""
 
@@ -989,6 +1080,16 @@ def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
         out.add_(values, alpha=factor)
     else:
         out += values.mul_(factor).to(out)
+
+
+def _add_each_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """out += values for each pair, all at once where their types agree."""
+    alike = [(out, values) for out, values in pairs if out.dtype == values.dtype]
+    if alike:
+        torch._foreach_add_([out for out, _ in alike], [values for _, values in alike])
+    for out, values in pairs:
+        if out.dtype != values.dtype:
+            out += values.to(out.dtype)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
