@@ -423,7 +423,7 @@ def odd_shapes():
 @pytest.mark.parametrize("path", ["blocks", "threads", "groups"])
 def test_bits_do_not_depend_on_blocks_threads_layout_or_the_path_of_accelerators(monkeypatch, path, snapshots_dtype):
     torch.manual_seed(0)
-    model = odd_shapes()
+    model, before = odd_shapes(), torch.get_num_threads()
     plain, other = (SwagEstimator(3, head=(), snapshots_dtype=snapshots_dtype) for _ in range(2))
     for i, _ in enumerate(walk(model, 6)):
         plain.update(model)
@@ -432,10 +432,11 @@ def test_bits_do_not_depend_on_blocks_threads_layout_or_the_path_of_accelerators
             patch.setattr(moments, "_DEVICE_BLOCK", 3000)
             if path == "threads":
                 patch.setattr(moments, "_WORTH_THREADS", 0)
-                patch.setattr(torch, "get_num_threads", lambda: 3)
+                torch.set_num_threads(3)
             if path == "groups":
                 patch.setattr(moments, "_add_in_blocks", moments._add_in_groups)
             other.update(model)
+            torch.set_num_threads(before)
         assert plain.num_snapshots == i + 1
         assert all(torch.equal(t, other.state_dict()[n]) for n, t in plain.state_dict().items())
     assert plain.prior().mean["empty"].shape == (0, 3)

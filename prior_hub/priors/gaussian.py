@@ -1020,10 +1020,9 @@ class _Packed:
         targets = {name: into[name] for name in self._alone if name in into}
         values = self._joined(theta)
         for joined, parts in self.groups.items():
-            wanted = [into[name] for name in parts if name in into]
-            if wanted:
+            if any(name in into for name in parts):
                 dtype = self.gaussian._work_type(values[joined], joined)
-                targets[joined] = torch.zeros(values[joined].numel(), dtype=dtype, device=wanted[0].device)
+                targets[joined] = torch.zeros(values[joined].numel(), dtype=dtype, device=self.gaussian._device())
         value = self.gaussian._evaluate_in_full(values, targets, share, self.gaussian._device())
         for joined, parts in self.groups.items():
             if joined in targets:
@@ -1038,9 +1037,16 @@ class _Packed:
         for joined, parts in self.groups.items():
             lengths = [step.get(name, 0.0) for name in parts]
             if any(isinstance(c, Tensor) for c in lengths) or len(set(lengths)) > 1:
-                like = values[joined]
-                each = zip(lengths, self._sizes[joined], strict=True)
-                steps[joined] = torch.cat([torch.as_tensor(c, dtype=like.dtype, device=like.device).expand(n) for c, n in each])
+                numbers = zip(lengths, self._sizes[joined], strict=True)
+                dtype, place = self.gaussian._work_type(values[joined], joined), self.gaussian._device()
+                steps[joined] = torch.cat(
+                    [
+                        c.to(device=place, dtype=dtype).expand(n)
+                        if isinstance(c, Tensor)
+                        else torch.full((n,), c, dtype=dtype, device=place)
+                        for c, n in numbers
+                    ]
+                )
             elif lengths[0]:
                 steps[joined] = lengths[0]
         value = self.gaussian._step(values, steps, device)
@@ -1083,13 +1089,15 @@ def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
 
 
 def _add_each_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """out += values for each pair, all at once where their types agree."""
-    alike = [(out, values) for out, values in pairs if out.dtype == values.dtype]
+    """out += values for each pair, all at once where types and devices agree."""
+    alike, others = [], []
+    for out, values in pairs:
+        fits = out.dtype == values.dtype and out.device == values.device and out.device.type in ("cpu", "cuda")
+        (alike if fits else others).append((out, values))
     if alike:
         torch._foreach_add_([out for out, _ in alike], [values for _, values in alike])
-    for out, values in pairs:
-        if out.dtype != values.dtype:
-            out += values.to(out.dtype)
+    for out, values in others:
+        out += values.to(out)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
