@@ -245,6 +245,21 @@ def test_slower_is_the_ratio_of_medians_within_its_interval(module):
     assert slower([2.0], [2.0]) == (0.0, 0.0, 0.0)
 
 
+def test_a_slow_trainer_is_not_called_fast_because_the_machine_is_noisy(module):
+    row = {"model": "resnet18", "batch": 16, "accumulation": 1, "K": 5, "deviations": "fp32", "penalty %": 2.0}
+    judged = module("trainer_step").claims
+    for middle, low, high, met in (
+        (2.9, 1.0, 4.0, True),
+        (3.1, 1.0, 4.0, False),  # narrow: by the ratio itself
+        (5.0, -9.0, 20.0, True),  # wide: by the penalty's share
+        (9.0, 4.0, 20.0, False),  # wide, but all of it above
+    ):
+        found = judged([row | {"slower %": middle, "from": low, "to": high}], "cpu")
+        assert [claim["met"] for claim in found] == [met]
+    (found,) = judged([row | {"slower %": 1.0, "from": -9.0, "to": 20.0, "penalty %": 3.5}], "cpu")
+    assert not found["met"]
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 

@@ -405,6 +405,26 @@ def test_a_prior_that_takes_the_estimate_over_is_the_same_and_lies_in_its_memory
     assert again.deviations["body.weight"].dtype == torch.bfloat16
 
 
+def test_an_estimator_that_is_given_away_begins_anew_even_if_the_prior_cannot_be_made():
+    model = big()
+    estimator, fresh = SwagEstimator(2, head=()), SwagEstimator(2, head=())
+    for _ in walk(model, 3):
+        estimator.update(model)
+    with pytest.raises(ValueError, match="explained is 2"):
+        estimator.prior(release=True, explained=2.0)
+    assert estimator.num_snapshots == 3  # refused before anything is given up
+    assert estimator.prior().config.num_snapshots == 3
+    with pytest.raises(TypeError):
+        estimator.prior(release=True, dataset=3.5)  # type: ignore[arg-type]
+    assert estimator.num_snapshots == 0
+    for _ in walk(model, 3):
+        estimator.update(model)
+        fresh.update(model)
+    for kind in ("mean", "variance", "deviations"):
+        a, b = getattr(fresh.prior(), kind), getattr(estimator.prior(), kind)
+        assert all(torch.equal(a[n], b[n]) for n in a), kind
+
+
 def odd_shapes():
     """A model with an empty, a zero-dimensional, a transposed and a channels-last parameter."""
     model = nn.Module()

@@ -191,7 +191,8 @@ class SwagEstimator:
                 self._offload.fence()
             else:
                 self._offload.fence_before(optimizer)
-        here = [name for name in values if name not in set(across)] if across else list(values)
+        beside = set(across)
+        here = [name for name in values if name not in beside]
         self._add(here, [values[name] for name in here], self.num_snapshots)
         buffers = batch_norm_buffers(model)
         for name in without_head(buffers, facts["head_parameters"], parameters):
@@ -243,8 +244,9 @@ class SwagEstimator:
                 (`PriorModel.compressed`); every snapshot when None.
             deviations_dtype: storage type of the deviations, `snapshots_dtype` when None; torch.bfloat16 halves the file.
             release: give the estimate's memory to the prior instead of copying it. The estimator is empty afterwards, even
-                where this call raises. Peak memory for ResNet-50's tensors at K = 20, in copies of the weights and with the
-                estimate's own 22: 46.2 without it, 23.7 with it (13.6 with snapshots in bfloat16).
+                where this call raises once it has begun (too few snapshots, or an `explained` that is no share, leave it as
+                it was). Peak memory for ResNet-50's tensors at K = 20, in copies of the weights and with the estimate's own
+                22: 46.2 without it, 23.7 with it (13.6 with snapshots in bfloat16).
             buffers: BatchNorm statistics to store, as `recompute_batch_norm` returns them (the head's are left out); those
                 of the last snapshot when None.
             base_model: Hub name of the model; read from the model's own config when None.
@@ -264,6 +266,8 @@ class SwagEstimator:
             PriorNumericsError: fewer than two snapshots, or variances of zero with a floor of zero.
             ValueError: `explained` is not a share.
         """
+        if explained is not None and not 0 < explained <= 1:  # asked here too: before anything is given up
+            raise ValueError(f"explained is {explained}, expected a share of the low-rank variance, above 0 and at most 1.")
         self._ready()
         mean, variance, deviations = {}, {}, {}
         floored = 0
@@ -271,33 +275,37 @@ class SwagEstimator:
         wanted = (
             torch.promote_types(self.snapshots_dtype, torch.float32) if explained is not None else kept
         )  # rotate, then round
-        for name in list(self._mean):
-            centre, squares = self._mean[name], self._squares[name]
-            raw = self._gathered(name, squares.div_(self.num_snapshots - 1) if release else squares / (self.num_snapshots - 1))
-            whole = self._gathered(name, centre)
-            mean[name] = whole.clone() if whole is centre and not release else whole
-            floored += int((raw < self.variance_floor).sum())
-            variance[name] = raw.clamp_(min=self.variance_floor)
-            if self.rank:
-                deviations[name] = self._gathered(name, self._centred(name, wanted, in_place=release), leading=1)
-            if release:
-                for group in (self._mean, self._squares, self._ring):
-                    group.pop(name, None)
-        own_name, fields = self._described(
-            mean,
-            floored,
-            buffers=buffers,
-            estimator=estimator,
-            base_model=base_model,
-            base_model_revision=base_model_revision,
-            objective=objective,
-            dataset=dataset,
-            dataset_license=dataset_license,
-            license=license,
-            source=source,
-        )
-        if release:
-            self.reset()
+        try:
+            for name in list(self._mean):
+                centre, squares = self._mean[name], self._squares[name]
+                raw = self._gathered(
+                    name, squares.div_(self.num_snapshots - 1) if release else squares / (self.num_snapshots - 1)
+                )
+                whole = self._gathered(name, centre)
+                mean[name] = whole.clone() if whole is centre and not release else whole
+                floored += int((raw < self.variance_floor).sum())
+                variance[name] = raw.clamp_(min=self.variance_floor)
+                if self.rank:
+                    deviations[name] = self._gathered(name, self._centred(name, wanted, in_place=release), leading=1)
+                if release:
+                    for group in (self._mean, self._squares, self._ring):
+                        group.pop(name, None)
+            own_name, fields = self._described(
+                mean,
+                floored,
+                buffers=buffers,
+                estimator=estimator,
+                base_model=base_model,
+                base_model_revision=base_model_revision,
+                objective=objective,
+                dataset=dataset,
+                dataset_license=dataset_license,
+                license=license,
+                source=source,
+            )
+        finally:
+            if release:  # else what is left after an error would pass for an estimate
+                self.reset()
         prior = PriorModel.from_tensors(
             {own_name(name): tensor for name, tensor in mean.items()},
             {own_name(name): tensor for name, tensor in variance.items()},
