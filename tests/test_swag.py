@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -649,22 +651,24 @@ def accelerator(monkeypatch):
     return streams
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", [None, "the optimizer", "accelerate's wrapper"])
 @pytest.mark.parametrize("options", [{}, {"snapshots_dtype": torch.bfloat16}, {"rank": 0}])
 def test_snapshots_that_go_to_the_cpu_beside_training_are_those_of_the_moment(accelerator, given, options):
     options = {"rank": 3, "head": ()} | options
     model, away, plain = big(), SwagEstimator(**options, device="cpu"), SwagEstimator(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Accelerator(cpu=True)  # the wrapper asks its state
+    wrapper = AcceleratedOptimizer(optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(swag, "_has_streams", lambda device: False)
         for i in range(6):
             plain.update(model)
             patch.setattr(swag, "_has_streams", lambda device: True)
-            away.update(model, optimizer=optimizer if given else None)
+            away.update(model, optimizer={None: None, "the optimizer": optimizer}.get(given, wrapper))
             patch.setattr(swag, "_has_streams", lambda device: False)
             for p in model.parameters():
                 p.grad = torch.full_like(p, i + 1.0)
-            optimizer.step()
+            (wrapper if given == "accelerate's wrapper" else optimizer).step()
     assert away.num_snapshots == 6
     assert plain.state_dict().keys() == away.state_dict().keys()
     assert all(torch.equal(t, away.state_dict()[n]) for n, t in plain.state_dict().items())

@@ -254,7 +254,8 @@ class Offload:
         def hook(*_: Any) -> None:
             self.fence()
 
-        self._fences.append(optimizer.register_step_pre_hook(hook))
+        inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper, which has no hooks of its own
+        self._fences.append(inner.register_step_pre_hook(hook))
 
     def settle(self) -> None:
         """Wait until the last snapshot is in the moments; raises what its thread raised, then and ever after."""
