@@ -65,17 +65,9 @@ class Scratch:
         return self._views[key]
 
 
-def blocks_of(sizes: Sequence[tuple[str, int]], device: torch.device, *, copied_rows: int = 0) -> list[list[Block]]:
-    """The blocks of tensors, in order, in at most 64 chunks of about the same number of entries.
-
-    Args:
-        sizes: name and number of entries of each tensor.
-        device: where they are.
-        copied_rows: how many rows are copied into scratch memory for each block (to convert their type).
-    """
-    length, copied = (_CPU_BLOCK, _COPIED) if device.type == "cpu" else (DEVICE_BLOCK, _DEVICE_COPIED)
-    if copied_rows:
-        length = 1 << max(12, min(length, copied // copied_rows).bit_length() - 1)
+def blocks_of(sizes: Sequence[tuple[str, int]], device: torch.device) -> list[list[Block]]:
+    """The blocks of tensors with so many entries, in order, in at most 64 chunks of about the same number of entries."""
+    length = _CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
     blocks = [Block(n, start, min(start + length, size)) for n, size in sizes for start in range(0, size, length)]
     share = max(length, sum(size for _, size in sizes) / _CHUNKS)
     chunks: list[list[Block]] = []
@@ -87,6 +79,12 @@ def blocks_of(sizes: Sequence[tuple[str, int]], device: torch.device, *, copied_
         chunks[-1].append(block)
         held += block.stop - block.start
     return chunks
+
+
+def part_length(rows: int, device: torch.device) -> int:
+    """How many entries of so many rows to copy at a time, to convert their type: those of a block would not stay in cache."""
+    copied, longest = (_COPIED, _CPU_BLOCK) if device.type == "cpu" else (_DEVICE_COPIED, DEVICE_BLOCK)
+    return 1 << max(12, min(longest, copied // max(1, rows)).bit_length() - 1)
 
 
 def sweep(

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from prior_hub.errors import PriorMatchError, PriorNumericsError
-from prior_hub.priors.blocks import DEVICE_BLOCK, Block, Scratch, blocks_of, sweep
+from prior_hub.priors.blocks import DEVICE_BLOCK, Block, Scratch, blocks_of, part_length, sweep
 from prior_hub.priors.fused import Tables, is_available, takes
 
 __all__ = ["LowRankGaussian", "swag_weights"]
@@ -111,7 +111,8 @@ class LowRankGaussian:
         self._largest: dict[tuple[int, int], float] = {}  # of largest_precision
         self._views: dict[Block, tuple[Tensor, ...]] = {}  # of _sweep: mean (n,), variance (n,), deviations (K, n)
         self._tables: Tables | None = None  # of _fused
-        self._chunks: dict[bool, list[list[Block]]] = {}  # of _sweep: whether small -> blocks
+        self._chunks: list[list[Block]] | None = None  # of _sweep
+        self._parts: dict[Block, list[tuple[int, int, Tensor]]] = {}  # of _row_parts
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
@@ -329,11 +330,9 @@ class LowRankGaussian:
             diagonal = self._scaled_variance(block, scratch, dtype)
             length = _block(step.get(name, 0.0), block.start, block.stop, dtype, device)
             whole = torch.add(diagonal, length, out=scratch.take("whole", delta.shape, dtype))
-            expected = scratch.take("expected", delta.shape, dtype)
+            expected = scratch.take("expected", delta.shape, dtype).zero_()
             if low_rank:
-                torch.mv(self._some_rows(block, scratch, dtype).T, combination[dtype], out=expected)
-            else:
-                expected.zero_()
+                self._combine(block, combination[dtype], expected, scratch)
             gradient = torch.sub(delta, expected, out=scratch.take("gradient", delta.shape, dtype)).div_(whole)
             weighted = torch.mul(gradient, diagonal, out=scratch.take("weighted", delta.shape, dtype))
             self._add_weighted(total, _dot(gradient, weighted), name)
@@ -342,10 +341,7 @@ class LowRankGaussian:
                 flat[name][block.start : block.stop] = moved.add_(self._views[block][0])
 
         tables = self._fused([*flat.values(), *(c for c in step.values() if isinstance(c, Tensor))])
-        if tables:
-            total = tables.move_(flat, low_rank * z if low_rank else None, step)
-        else:
-            total = self._sweep(move, (), self._elementwise(theta))
+        total = tables.move_(flat, low_rank * z if low_rank else None, step) if tables else self._sweep(move, ())
         for name in step:
             if not theta[name].is_contiguous():  # e.g. channels_last weights
                 theta[name].copy_(flat[name].view(theta[name].shape))
@@ -378,21 +374,19 @@ class LowRankGaussian:
             tables = None if small else self._fused(given)
 
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
-                rows, whole = self._some_rows(block, scratch, work), denominator(block, step, scratch, work)
-                image = torch.mv(rows.T, combination, out=scratch.take("image", whole.shape, work)).div_(whole)
-                self._add_weighted(total, torch.mv(rows, image), block.name)
+                whole = denominator(block, step, scratch, work)
+                image = scratch.take("image", whole.shape, work).zero_()
+                self._combine(block, combination, image, scratch)
+                self._project(block, image.div_(whole), total, scratch)
 
-            out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,), work)
+            out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,))
             return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
 
         def factorise(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> None:
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
-                rows = self._some_rows(block, scratch, dtype)
-                scaled = scratch.take("scaled rows", rows.shape, dtype)
-                torch.div(rows, denominator(block, at, scratch, dtype), out=scaled)
-                self._add_weighted(total, scaled @ rows.T, block.name)
+                self._add_gram(block, denominator(block, at, scratch, dtype), total, scratch)
 
-            gram = self._sweep(visit, (self.rank, self.rank), dtype, scaled_rows=True)
+            gram = self._sweep(visit, (self.rank, self.rank))
             gram = gram if self._sum is None else self._sum(gram)
             values, vectors = torch.linalg.eigh((0.5 * low_rank**2 * (gram + gram.T)).cpu())
             # I + a positive matrix: what rounding made of its small eigenvalues is no reason to give up
@@ -400,10 +394,10 @@ class LowRankGaussian:
 
         def project(block: Block, scratch: Scratch, total: Tensor) -> None:
             scaled = self._offset(block, flat[block.name], scratch, work).div_(denominator(block, step, scratch, work))
-            self._add_weighted(total, torch.mv(self._some_rows(block, scratch, work), scaled), block.name)
+            self._project(block, scaled, total, scratch)
 
         tables = None if small else self._fused(given)
-        right = tables.project(flat, step) if tables else self._sweep(project, (self.rank,), work)
+        right = tables.project(flat, step) if tables else self._sweep(project, (self.rank,))
         right = low_rank * (right if self._sum is None else self._sum(right))
         if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
             return torch.full_like(right, math.nan)
@@ -503,7 +497,6 @@ class LowRankGaussian:
         low_rank, device = self._low_rank_scale(), self._device()
         flat = {name: vectors[name].detach().reshape(-1) for name in self.names}
         types = {name: torch.promote_types(tensor.dtype, torch.float32) for name, tensor in flat.items()}
-        work = self._elementwise(vectors)
         product = {name: torch.empty(t.numel(), dtype=types[name], device=device) for name, t in flat.items()}
 
         def vector(block: Block, scratch: Scratch) -> Tensor:
@@ -516,13 +509,12 @@ class LowRankGaussian:
             )
 
         def project(block: Block, scratch: Scratch, total: Tensor) -> None:
-            rows = self._some_rows(block, scratch, types[block.name])
-            self._add_weighted(total, torch.mv(rows, vector(block, scratch)), block.name)
+            self._project(block, vector(block, scratch), total, scratch)
 
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             inner = torch.zeros(self.rank, dtype=_accumulator(device), device=device)
             if low_rank:
-                inner = self._sweep(project, (self.rank,), work)
+                inner = self._sweep(project, (self.rank,))
                 inner = inner if self._sum is None else self._sum(inner)
             combination = {dtype: (low_rank**2 * inner).to(dtype) for dtype in set(types.values())}
 
@@ -531,9 +523,9 @@ class LowRankGaussian:
                 dtype, out = types[block.name], product[block.name][block.start : block.stop]
                 torch.mul(self._scaled_variance(block, scratch, dtype), vector(block, scratch), out=out)
                 if low_rank:
-                    out.addmv_(self._some_rows(block, scratch, dtype).T, combination[dtype])
+                    self._combine(block, combination[dtype], out, scratch)
 
-            self._sweep(write, (), work)
+            self._sweep(write, ())
         return {name: out.view(vectors[name].shape) for name, out in product.items()}
 
     def conditional(self, given: Mapping[str, Tensor]) -> LowRankGaussian:
@@ -768,9 +760,9 @@ class LowRankGaussian:
                 dtype = self._work_type(flat[block.name], block.name)
                 scaled = self._offset(block, flat[block.name], scratch, dtype)
                 scaled.div_(self._scaled_variance(block, scratch, dtype))
-                self._add_weighted(total, torch.mv(self._some_rows(block, scratch, dtype), scaled), block.name)
+                self._project(block, scaled, total, scratch)
 
-            z = tables.project(flat) if tables else self._sweep(project, (self.rank,), self._elementwise(theta))
+            z = tables.project(flat) if tables else self._sweep(project, (self.rank,))
             if self._sum is not None:
                 self._sum(z)
             z = torch.cholesky_solve((low_rank * z).unsqueeze(1), factor).squeeze(1)
@@ -781,7 +773,7 @@ class LowRankGaussian:
             dtype = self._work_type(flat[block.name], block.name)
             residual = self._offset(block, flat[block.name], scratch, dtype)
             if factor is not None:
-                residual.addmv_(self._some_rows(block, scratch, dtype).T, combination[dtype], alpha=-1)
+                self._combine(block, combination[dtype], residual, scratch, alpha=-1)
             gradient = self._scaled_variance(block, scratch, dtype)
             torch.div(residual, gradient, out=gradient)
             self._add_weighted(total, _dot(residual, gradient), block.name)
@@ -791,7 +783,7 @@ class LowRankGaussian:
         if tables:
             total = tables.finish(flat, None if factor is None else low_rank * z, into, share)
         else:
-            total = self._sweep(residual_and_gradient, (), self._elementwise(theta))
+            total = self._sweep(residual_and_gradient, ())
         if self._sum is not None:
             self._sum(total)
         return 0.5 * (total + z.square().sum())
@@ -824,12 +816,9 @@ class LowRankGaussian:
         """D A^-1 D^T, (K, K), over all ranks."""
 
         def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
-            rows = self._some_rows(block, scratch, dtype)
-            scaled = scratch.take("scaled rows", rows.shape, dtype)
-            torch.div(rows, self._scaled_variance(block, scratch, dtype), out=scaled)
-            total.addmm_(scaled, rows.T, alpha=self._weight(block.name))
+            self._add_gram(block, self._scaled_variance(block, scratch, dtype), total, scratch)
 
-        gram = self._sweep(visit, (self.rank, self.rank), dtype, scaled_rows=True)
+        gram = self._sweep(visit, (self.rank, self.rank))
         return gram if self._sum is None else self._sum(gram)
 
     def _low_rank_scale(self) -> float:
@@ -857,37 +846,62 @@ class LowRankGaussian:
 
     # What `sweep` needs: views of each block's operands, made once, and their values in memory that is used again.
 
-    def _sweep(
-        self,
-        visit: Callable[[Block, Scratch, Tensor], None],
-        shape: tuple[int, ...],
-        work: torch.dtype,
-        *,
-        scaled_rows: bool = False,
-    ) -> Tensor:
-        """`sweep` over all blocks, with sums in the accumulator's type.
-
-        Args:
-            visit: as in `sweep`.
-            shape: of what it sums.
-            work: the type of the elementwise work.
-            scaled_rows: whether it needs memory for rows even where they are stored in that type.
-        """
-        small = scaled_rows or any(rows.dtype != work for rows in self.deviations.values())
-        if small not in self._chunks:
-            sizes = [(name, mean.numel()) for name, mean in self.mean.items()]
-            chunks = self._chunks[small] = blocks_of(sizes, self._device(), copied_rows=self.rank if small else 0)
+    def _sweep(self, visit: Callable[[Block, Scratch, Tensor], None], shape: tuple[int, ...]) -> Tensor:
+        """`sweep` over all blocks, with sums in the accumulator's type."""
+        device = self._device()
+        if self._chunks is None:
+            self._chunks = blocks_of([(name, mean.numel()) for name, mean in self.mean.items()], device)
             flat: tuple[Tensor, ...] = ()
             last = None
-            for block in itertools.chain.from_iterable(chunks):
+            for block in itertools.chain.from_iterable(self._chunks):
                 if block.name != last:  # a tensor that is not contiguous is copied here, once
                     last, flat = block.name, (self.mean[block.name].reshape(-1), self.variance[block.name].reshape(-1))
                     if self.deviations:
                         flat += (self.deviations[block.name].reshape(self.rank, -1),)
                 self._views[block] = tuple(t[..., block.start : block.stop] for t in flat)
         numbers = self.num_parameters * (self.rank + 3)
-        device = self._device()
-        return sweep(self._chunks[small], visit, shape, dtype=_accumulator(device), device=device, numbers=numbers)
+        return sweep(self._chunks, visit, shape, dtype=_accumulator(device), device=device, numbers=numbers)
+
+    def _row_parts(
+        self, block: Block, scratch: Scratch, dtype: torch.dtype, *, copied: bool = False
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, rows (K, n)) within a block: all at once where they are stored in that type, else copies of a few.
+
+        Args:
+            block: which.
+            scratch: for the copies.
+            dtype: the type of the rows.
+            copied: whether the caller makes copies too, so that a few at a time are wanted in any case.
+        """
+        rows = self._views[block][2]
+        if rows.dtype == dtype and not copied:
+            yield 0, rows.shape[1], rows
+            return
+        if block not in self._parts:
+            length = part_length(self.rank, rows.device)
+            starts = range(0, rows.shape[1], length)
+            self._parts[block] = [(s, min(s + length, rows.shape[1]), rows[:, s : s + length]) for s in starts]
+        for start, stop, part in self._parts[block]:
+            yield start, stop, part if part.dtype == dtype else scratch.take("rows", part.shape, dtype).copy_(part)
+
+    def _project(self, block: Block, vector: Tensor, total: Tensor, scratch: Scratch) -> None:
+        """total += D v over a block, this rank's share of it; v is (n,) in the type of the elementwise work."""
+        for start, stop, rows in self._row_parts(block, scratch, vector.dtype):
+            part = vector if stop - start == vector.numel() else vector[start:stop]
+            self._add_weighted(total, torch.mv(rows, part), block.name)
+
+    def _combine(self, block: Block, coefficients: Tensor, out: Tensor, scratch: Scratch, *, alpha: float = 1.0) -> None:
+        """out += alpha D^T coefficients over a block; both in the type of the elementwise work."""
+        for start, stop, rows in self._row_parts(block, scratch, out.dtype):
+            part = out if stop - start == out.numel() else out[start:stop]
+            part.addmv_(rows.T, coefficients, alpha=alpha)
+
+    def _add_gram(self, block: Block, diagonal: Tensor, total: Tensor, scratch: Scratch) -> None:
+        """total += D diag(1 / diagonal) D^T over a block, this rank's share of it, in the type of `diagonal`."""
+        for start, stop, rows in self._row_parts(block, scratch, diagonal.dtype, copied=True):
+            scaled = scratch.take("scaled rows", rows.shape, rows.dtype)
+            torch.div(rows, diagonal[start:stop], out=scaled)
+            self._add_weighted(total, scaled @ rows.T, block.name)
 
     def _fused(self, given: Sequence[Tensor]) -> Tables | None:
         """The kernels' view of this Gaussian, if they can do the work with what is given; see fused.py."""
@@ -924,13 +938,6 @@ class LowRankGaussian:
         factor = self.scale * self.diagonal_weight
         out = torch.mul(variance, factor, out=out) if variance.dtype == dtype else out.copy_(variance).mul_(factor)
         return out.add_(self.eps) if self.eps else out
-
-    def _some_rows(self, block: Block, scratch: Scratch, dtype: torch.dtype) -> Tensor:
-        """The deviations of a block, (K, n): a view, or in scratch memory where they are stored in another type."""
-        part = self._views[block][2]
-        if part.dtype == dtype:
-            return part
-        return scratch.take("rows", part.shape, dtype).copy_(part)
 
     def _add_weighted(self, total: Tensor, part: Tensor, name: str) -> None:
         """total += part, this rank's share of it where ranks hold the same entries."""
