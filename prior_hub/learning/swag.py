@@ -336,7 +336,8 @@ class SwagEstimator:
 
         It is made and written one tensor at a time. Of a sharded model every rank must call this: tensors are put together
         from the shards as rank 0 comes to write them, so that a rank needs memory for one of them beside its own share. Other
-        models are the same on every rank, and rank 0 alone does it. With `explained` there is one more copy of the share.
+        models are the same on every rank, and rank 0 alone does it. With `explained` there are up to two more copies of the
+        share's deviations, in float32 at least and on the mesh's device (memory of the accelerator, for one that has one).
 
         Args:
             save_directory: as `PriorModel.save_pretrained`; on rank 0's disk.
