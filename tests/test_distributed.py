@@ -549,6 +549,13 @@ def _picked(slices) -> tuple[torch.Tensor, ...]:
     return torch.meshgrid(*index, indexing="ij")
 
 
+def test_parts_are_found_whatever_the_default_device_is():
+    with pretended(1, 2):
+        reference = distribute_tensor(torch.zeros(5, 4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        with torch.device("meta"):
+            assert shard_slices(reference) == (slice(3, 5), slice(0, 4))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_to_an_accelerator_nothing_but_the_share_is_moved():

@@ -675,6 +675,15 @@ def test_snapshots_that_go_to_the_cpu_beside_training_are_those_of_the_moment(ac
     assert not optimizer._optimizer_step_pre_hooks
 
 
+def test_snapshots_lie_where_they_shall_whatever_the_default_device_is(accelerator):
+    model, estimator = big(), SwagEstimator(2, head=(), device="cpu")
+    with torch.device("meta"):
+        for _ in range(2):
+            estimator.update(model)
+        mean = estimator.mean()
+    assert torch.equal(mean["body.weight"], model["body"].weight)
+
+
 def test_what_fails_beside_training_is_raised_by_the_next_call(accelerator, monkeypatch):
     model, estimator = big(), SwagEstimator(2, head=(), device="cpu")
     monkeypatch.setattr(swag, "add_snapshot", lambda *_: 1 / 0)

@@ -213,7 +213,8 @@ class Offload:
         """Queue the copies of `values`; a thread calls `then` with them, on the CPU in pinned memory, when they are there."""
         self.settle()
         if [(t.shape, t.dtype) for t in self._landing] != [(v.shape, v.dtype) for v in values]:
-            self._landing = [torch.empty(v.shape, dtype=v.dtype, pin_memory=v.device.type != "cpu") for v in values]
+            pinned: dict[str, Any] = {"device": "cpu", "pin_memory": any(v.device.type != "cpu" for v in values)}
+            self._landing = [torch.empty(v.shape, dtype=v.dtype, **pinned) for v in values]
         for device in dict.fromkeys(v.device for v in values):
             streams = self._streams(device)
             if device not in self._side:

@@ -380,7 +380,7 @@ class SwagEstimator:
             for begin in blocks:
                 block = self._gathered(names[own], part(kind, own, slice(begin, begin + step)), leading=1)
                 if process_index() == 0:
-                    rows = torch.empty(prior.rank, *shape, dtype=block.dtype) if rows is None else rows
+                    rows = torch.empty(prior.rank, *shape, dtype=block.dtype, device="cpu") if rows is None else rows
                     rows[begin : begin + step] = block
             return block if rows is None else rows
 
