@@ -411,6 +411,15 @@ def test_every_entry_counts_once_in_sums_over_ranks_replicas_included(layouts, l
         assert found[layout]["gradient"] < 2e-6
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_snapshot_that_is_not_finite_on_one_rank_is_taken_on_none(layouts, layout):
+    for found in layouts:
+        said, count = found[layout]["diverged on rank 1"]
+        assert said.startswith("PriorNumericsError: ")
+        assert "training has diverged" in said
+        assert count == 1
+
+
 def test_the_layouts_are_those_that_need_a_test(layouts):
     seen = {layout: " ".join(layouts[0][layout]["placements"]) for layout in LAYOUTS}
     assert "Replicate(), Shard" in seen["hybrid"]

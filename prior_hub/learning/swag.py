@@ -164,19 +164,16 @@ class SwagEstimator:
 
         Raises:
             PriorMatchError: the model is not the one of the first snapshot, or its head cannot be told.
-            PriorNumericsError: a weight is NaN or infinite; the estimate is left as it was.
+            PriorNumericsError: a weight is NaN or infinite (of a sharded model: on any rank); the estimate is left as it was.
         """
         self._settle()
         reshard(model)
         parameters, facts = self._covered(model)
         values = {name: local_tensor(p).detach() for name, p in parameters.items()}
-        if not surely_finite(list(values.values())):
-            for name, value in values.items():
-                if bad := count_not_finite(value):
-                    raise PriorNumericsError(
-                        f"{name!r} has {bad} of {value.numel()} values that are NaN or infinite at snapshot "
-                        f"{self.num_snapshots + 1}: training has diverged. Lower the learning rate or start later."
-                    )
+        if self._layout:  # else ranks whose own shard is finite would count one snapshot more than the others
+            agreed(lambda: self._refuse_not_finite(values))
+        else:
+            self._refuse_not_finite(values)
         if not self._mean:
             self._facts = facts
             self._allocate(values)
@@ -197,6 +194,16 @@ class SwagEstimator:
         buffers = batch_norm_buffers(model)
         for name in without_head(buffers, facts["head_parameters"], parameters):
             self._buffers[name] = local_tensor(buffers[name]).detach().clone()
+
+    def _refuse_not_finite(self, values: Mapping[str, Tensor]) -> None:
+        if surely_finite(list(values.values())):
+            return
+        for name, value in values.items():
+            if bad := count_not_finite(value):
+                raise PriorNumericsError(
+                    f"{name!r} has {bad} of {value.numel()} values that are NaN or infinite at snapshot "
+                    f"{self.num_snapshots + 1}: training has diverged. Lower the learning rate or start later."
+                )
 
     def _add(self, names: Sequence[str], values: Sequence[Tensor], count: int) -> None:
         if not names:
