@@ -41,16 +41,6 @@ def main() -> None:
         for rank in given.ranks or ([3] if given.quick else [5, 20])
         for row in measure(model, rank, given)
     ]
-    most = 1.5 if given.device == "cpu" else 1.3
-    claims = [
-        {
-            "claim": f"{row['model']}, K = {row['K']}, {row['deviations']} deviations: within {most} times of the limit",
-            "measured": f"{number(row['step / limit'])} times",
-            "met": row["step / limit"] <= most,
-        }
-        for row in rows
-        if row["model"] == "resnet50"
-    ]
     notes = [
         "Bytes of a step: theta, mean, variance and the K deviations read twice, the gradient read and written once. Read and "
         "add are the rates of the fastest way to read arrays of these sizes, and to add to one in place; limit is the time of "
@@ -60,7 +50,20 @@ def main() -> None:
         notes.append(
             "A step below its limit: other processes took the memory while the limit was measured. It must be done again."
         )
-    finish("bandwidth", CLAIM, rows, given.json, claims=claims, notes=notes, device=given.device)
+    finish("bandwidth", CLAIM, rows, given.json, claims=claims(rows, given.device), notes=notes, device=given.device)
+
+
+def claims(rows: list[Row], device: str) -> list[dict[str, Any]]:
+    """The issue's; a step below its limit shows that the limit is wrong, and nothing else."""
+    most = 1.5 if device == "cpu" else 1.3
+    found = []
+    for row in rows:
+        ratio = row["step / limit"]
+        if row["model"] == "resnet50":
+            what = f"{row['model']}, K = {row['K']}, {row['deviations']} deviations: within {most} times of the limit"
+            claim = {"claim": what, "measured": f"{number(ratio)} times", "met": None if ratio < 1 else ratio <= most}
+            found.append(claim | ({"why": "below 1: the limit was disturbed"} if ratio < 1 else {}))
+    return found
 
 
 def measure(model: str, rank: int, given: Any) -> list[Row]:

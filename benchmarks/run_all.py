@@ -14,9 +14,11 @@ met is said by the benchmark, or in reasons.toml.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,17 +123,33 @@ def run(one: Benchmark, given: argparse.Namespace, results: Path) -> bool:
 def watched(command: Sequence[str], environment: dict[str, str], lines: deque[str], limit: float) -> int | str:
     """Run a command, show what it prints and keep its last lines; its exit code, or what stopped it."""
     with subprocess.Popen(
-        command, cwd=HERE.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=HERE.parent,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     ) as process:
-        timer = threading.Timer(limit, process.kill)
+
+        def stop() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes it has started, which hold its output open
+
+        timer = threading.Timer(limit, stop)
         timer.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-        code = process.wait()
-        late = not timer.is_alive()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+            code = process.wait()
+        except BaseException:  # Ctrl-C goes to our own processes only
+            stop()
+            raise
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
     return f"none, stopped after {limit:.0f} s" if late else code
 
 

@@ -179,6 +179,7 @@ def _check(arguments: argparse.Namespace) -> int:
                     "prior": arguments.prior,
                     "commit": prior.commit_hash,
                     "largest_precision": stiffest,
+                    "largest_precision_is_a_bound": bounded,
                     "diagnosis": {key: value for key, value in dataclasses.asdict(diagnosis).items() if key != "remarks"},
                     "remarks": remarks,
                 }

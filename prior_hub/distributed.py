@@ -97,9 +97,10 @@ def shard_slices(reference: Tensor) -> tuple[slice | Tensor, ...]:
             found.append(slice(0, size))
             continue
         # torch itself cuts 0, 1, ..., size - 1, so that a part is what torch says it is, whatever the placements are
-        own = distribute_tensor(torch.arange(size), mesh, along, src_data_rank=None).to_local().cpu()
+        entries = torch.arange(size, device="cpu")  # whatever the default device is
+        own = distribute_tensor(entries, mesh, along, src_data_rank=None).to_local().cpu()
         start = int(own[0]) if len(own) else 0
-        whole = torch.equal(own, torch.arange(start, start + len(own)))
+        whole = torch.equal(own, entries[start : start + len(own)])
         found.append(slice(start, start + len(own)) if whole else own)
     return tuple(found)
 

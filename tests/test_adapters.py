@@ -820,6 +820,13 @@ def test_asking_for_adapters_that_are_not_there_is_refused_and_so_is_doing_witho
         PriorPenalty(prior, adapted(tiny_bert()), num_examples=N, through_adapters=False)
 
 
+def test_a_prior_through_adapters_cannot_be_kept_elsewhere():
+    base = tiny_bert()
+    prior = random_prior(base)
+    with pytest.raises(ValueError, match=r"device \(prior_device\) is 'cpu': a prior that is taken through adapters"):
+        PriorPenalty(prior, adapted(base), num_examples=1, device="cpu")
+
+
 def test_adapters_that_are_switched_off_are_no_adapters():
     prior, model = random_prior(tiny_bert()), adapted(tiny_bert())
     with model.disable_adapter(), pytest.raises(PriorMatchError, match=r"all \d+ parameters .* are frozen"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,43 @@ def test_slower_is_the_ratio_of_medians_within_its_interval(module):
     assert slower([2.0], [2.0]) == (0.0, 0.0, 0.0)
 
 
+def test_a_slow_trainer_is_not_called_fast_because_the_machine_is_noisy(module):
+    row = {"model": "resnet18", "batch": 16, "accumulation": 1, "K": 5, "deviations": "fp32", "penalty %": 2.0}
+    judged = module("trainer_step").claims
+    for middle, low, high, met in (
+        (2.9, 1.0, 4.0, True),
+        (3.1, 1.0, 4.0, False),  # narrow: by the ratio itself
+        (5.0, -9.0, 20.0, True),  # wide: by the penalty's share
+        (9.0, 4.0, 20.0, False),  # wide, but all of it above
+    ):
+        found = judged([row | {"slower %": middle, "from": low, "to": high}], "cpu")
+        assert [claim["met"] for claim in found] == [met]
+    (found,) = judged([row | {"slower %": 1.0, "from": -9.0, "to": 20.0, "penalty %": 3.5}], "cpu")
+    assert not found["met"]
+
+
+def test_a_limit_that_was_disturbed_and_a_fit_that_is_noise_show_nothing(module):
+    row = {"model": "resnet50", "K": 5, "deviations": "fp32"}
+    found = module("bandwidth").claims([row | {"step / limit": ratio} for ratio in (0.9, 1.2, 1.4, 1.6)], "cpu")
+    assert [claim["met"] for claim in found] == [None, True, True, False]
+    found = module("bandwidth").claims([row | {"step / limit": 1.4}], "cuda")
+    assert [claim["met"] for claim in found] == [False]
+    in_k = {"away": 0.1}
+    for exponent, error, met in ((1.04, 0.5, True), (1.2, 0.15, None), (1.2, 0.05, False)):
+        assert module("growth").claims({"exponent": exponent, "error": error}, in_k)[0]["met"] is met
+
+
+def test_what_is_left_out_is_shown_as_not_measured(module):
+    penalty = module("penalty")
+    row = {"model": "resnet50", "K": 5, "extra MB": 1.0, "error of value": 1e-7, "of gradient": 1e-7}
+    ours, theirs = (row | {"method": name, "times faster": 5.0} for name in ("prior_hub, fp32", penalty.THEIRS))
+    judged = {claim["claim"]: claim["met"] for claim in penalty.claims([ours, theirs | {"extra MB": 9.0}], "cpu", [5, 20])}
+    assert len(judged) == 9
+    assert [met for claim, met in judged.items() if "K = 5" in claim] == [True] * 3
+    assert [met for claim, met in judged.items() if "K = 20" in claim] == [None] * 6
+    assert len(penalty.claims([ours, theirs], "cpu", [5])) == 3
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -295,6 +333,14 @@ def test_a_benchmark_that_fails_is_shown_and_does_not_stop_the_others(module, mo
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--only", "good"])
     assert run_all.main() == 0
     assert (tmp_path / "RESULTS.md").read_text() == text  # the other's last figures are kept
+
+
+def test_a_benchmark_that_is_stopped_is_not_waited_for_by_way_of_its_children(module, tmp_path):
+    run_all, lines, child = module("run_all"), deque(), "import time; time.sleep(60)"
+    program = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    began = time.monotonic()
+    assert run_all.watched([sys.executable, "-c", program], dict(os.environ), lines, 1.0) == "none, stopped after 1 s"
+    assert time.monotonic() - began < 30
 
 
 def test_results_show_each_claim_with_its_figure_machine_and_reason(module, tmp_path):

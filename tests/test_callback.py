@@ -557,6 +557,13 @@ def test_resuming_without_the_state_says_what_is_missing_and_what_to_pass(tmp_pa
         trainer_with(tmp_path, every_step()).train(resume_from_checkpoint=checkpoint)
 
 
+def test_resuming_on_another_number_of_processes_says_on_how_many(tmp_path):
+    checkpoint = Path(checkpointed(tmp_path, every_step()))
+    (checkpoint / "swag_state.safetensors").rename(checkpoint / "swag_state-00000-of-00002.safetensors")
+    with pytest.raises(PriorHubError, match=r"other processes .*swag_state-00000-of-00002.safetensors.* as many processes"):
+        trainer_with(tmp_path, every_step()).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_resuming_before_the_first_snapshot_needs_no_state_and_saves_its_own(tmp_path):
     """A callback unknown to the checkpoint must not break the next save either."""
     checkpoint = checkpointed(tmp_path)

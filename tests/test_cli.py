@@ -90,7 +90,9 @@ def test_check_of_a_huge_prior_bounds_its_precision_by_the_smallest_variance(fol
     assert main(["check", str(folder)]) == 0
     assert "largest precision at most 200\n" in capsys.readouterr().out  # 1 / (1/2 * 1e-2)
     assert main(["check", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["largest_precision"] == pytest.approx(200)
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest_precision"] == pytest.approx(200)
+    assert found["largest_precision_is_a_bound"]
 
 
 def test_check_says_what_is_wrong_and_exits_1(folder, tmp_path, capsys):

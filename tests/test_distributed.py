@@ -411,6 +411,15 @@ def test_every_entry_counts_once_in_sums_over_ranks_replicas_included(layouts, l
         assert found[layout]["gradient"] < 2e-6
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_snapshot_that_is_not_finite_on_one_rank_is_taken_on_none(layouts, layout):
+    for found in layouts:
+        said, count = found[layout]["diverged on rank 1"]
+        assert said.startswith("PriorNumericsError: ")
+        assert "training has diverged" in said
+        assert count == 1
+
+
 def test_the_layouts_are_those_that_need_a_test(layouts):
     seen = {layout: " ".join(layouts[0][layout]["placements"]) for layout in LAYOUTS}
     assert "Replicate(), Shard" in seen["hybrid"]
@@ -547,6 +556,13 @@ def test_a_part_that_is_cut_is_the_part_that_torch_would_give(mesh, placements):
 def _picked(slices) -> tuple[torch.Tensor, ...]:
     index = [torch.arange(own.start, own.stop) if isinstance(own, slice) else own for own in slices]
     return torch.meshgrid(*index, indexing="ij")
+
+
+def test_parts_are_found_whatever_the_default_device_is():
+    with pretended(1, 2):
+        reference = distribute_tensor(torch.zeros(5, 4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        with torch.device("meta"):
+            assert shard_slices(reference) == (slice(3, 5), slice(0, 4))
 
 
 @pytest.mark.gpu

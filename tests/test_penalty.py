@@ -14,6 +14,7 @@ from pretended_mps import pretended_mps
 from torch import nn
 
 from prior_hub import PriorMatchError, PriorModel, PriorPenalty, PriorWarning
+from prior_hub.finetuning.penalty import _Sum
 from prior_hub.priors.matching import canonical_parameters
 
 torch.set_num_threads(1)
@@ -370,6 +371,19 @@ def test_a_model_on_a_gpu_gets_the_gradient_and_the_implicit_step_of_the_cpu(dev
         bound.proximal_step_({id(p): 0.1 for p in owner.parameters()})
     for found, expected in zip(there.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_rides_along_with_a_sum_counts_once_and_gets_off_if_the_evaluation_fails():
+    model = two_layers()
+    penalty = PriorPenalty(random_prior(model, head=("2",)), model, num_examples=N, head_variance=0.5)
+    expected = float(penalty.penalty())
+    total = penalty._sum = _Sum(torch.device("cpu"))
+    assert float(penalty.penalty()) == pytest.approx(expected, rel=1e-9)  # nothing was summed: it is added afterwards
+    penalty.gaussian = penalty.gaussian._with(sum_over_ranks=total)
+    assert float(penalty.penalty()) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ZeroDivisionError):
+        penalty._with_head(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert float(total(torch.tensor(1.0))) == 1.0
 
 
 def test_impossible_arguments_are_value_errors():

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -405,6 +407,26 @@ def test_a_prior_that_takes_the_estimate_over_is_the_same_and_lies_in_its_memory
     assert again.deviations["body.weight"].dtype == torch.bfloat16
 
 
+def test_an_estimator_that_is_given_away_begins_anew_even_if_the_prior_cannot_be_made():
+    model = big()
+    estimator, fresh = SwagEstimator(2, head=()), SwagEstimator(2, head=())
+    for _ in walk(model, 3):
+        estimator.update(model)
+    with pytest.raises(ValueError, match="explained is 2"):
+        estimator.prior(release=True, explained=2.0)
+    assert estimator.num_snapshots == 3  # refused before anything is given up
+    assert estimator.prior().config.num_snapshots == 3
+    with pytest.raises(TypeError):
+        estimator.prior(release=True, dataset=3.5)  # type: ignore[arg-type]
+    assert estimator.num_snapshots == 0
+    for _ in walk(model, 3):
+        estimator.update(model)
+        fresh.update(model)
+    for kind in ("mean", "variance", "deviations"):
+        a, b = getattr(fresh.prior(), kind), getattr(estimator.prior(), kind)
+        assert all(torch.equal(a[n], b[n]) for n in a), kind
+
+
 def odd_shapes():
     """A model with an empty, a zero-dimensional, a transposed and a channels-last parameter."""
     model = nn.Module()
@@ -629,26 +651,37 @@ def accelerator(monkeypatch):
     return streams
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", [None, "the optimizer", "accelerate's wrapper"])
 @pytest.mark.parametrize("options", [{}, {"snapshots_dtype": torch.bfloat16}, {"rank": 0}])
 def test_snapshots_that_go_to_the_cpu_beside_training_are_those_of_the_moment(accelerator, given, options):
     options = {"rank": 3, "head": ()} | options
     model, away, plain = big(), SwagEstimator(**options, device="cpu"), SwagEstimator(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Accelerator(cpu=True)  # the wrapper asks its state
+    wrapper = AcceleratedOptimizer(optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(swag, "_has_streams", lambda device: False)
         for i in range(6):
             plain.update(model)
             patch.setattr(swag, "_has_streams", lambda device: True)
-            away.update(model, optimizer=optimizer if given else None)
+            away.update(model, optimizer={None: None, "the optimizer": optimizer}.get(given, wrapper))
             patch.setattr(swag, "_has_streams", lambda device: False)
             for p in model.parameters():
                 p.grad = torch.full_like(p, i + 1.0)
-            optimizer.step()
+            (wrapper if given == "accelerate's wrapper" else optimizer).step()
     assert away.num_snapshots == 6
     assert plain.state_dict().keys() == away.state_dict().keys()
     assert all(torch.equal(t, away.state_dict()[n]) for n, t in plain.state_dict().items())
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_snapshots_lie_where_they_shall_whatever_the_default_device_is(accelerator):
+    model, estimator = big(), SwagEstimator(2, head=(), device="cpu")
+    with torch.device("meta"):
+        for _ in range(2):
+            estimator.update(model)
+        mean = estimator.mean()
+    assert torch.equal(mean["body.weight"], model["body"].weight)
 
 
 def test_what_fails_beside_training_is_raised_by_the_next_call(accelerator, monkeypatch):

@@ -582,6 +582,13 @@ def test_n_is_the_length_of_the_training_set_whatever_the_epochs_and_batches(tmp
     bound(tmp_path, None).evaluate(image_data(4))  # nothing to train on: no N is asked for
 
 
+def test_prior_device_says_where_the_prior_is_kept(tmp_path):
+    placed = bound(tmp_path, image_data(4), prior_device="meta").prior_penalty.gaussian  # a device that every machine has
+    assert {t.device.type for kind in (placed.mean, placed.variance, placed.deviations) for t in kind.values()} == {"meta"}
+    beside = bound(tmp_path, image_data(4)).prior_penalty.gaussian
+    assert {t.device.type for t in beside.mean.values()} == {"cpu"}
+
+
 def test_a_stream_without_length_needs_prior_num_examples(tmp_path):
     with pytest.raises(ValueError, match=r"no length.*PriorTrainingArguments\(prior_num_examples=\.\.\.\)"):
         bound(tmp_path, Stream(image_data(4)), max_steps=1)

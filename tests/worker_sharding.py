@@ -245,6 +245,19 @@ def check(model: nn.Module) -> dict[str, Any]:
     found["penalty without gradient"] = abs(float(penalty.penalty()) / nats - 1)
     found["gradient"] = max(float((g - dense[n] / N).norm() / (dense[n] / N).norm()) for n, g in gradients.items())
 
+    estimator = SwagEstimator(2, head=("4",))
+    estimator.update(model)
+    with torch.no_grad():
+        for parameter in pairs.values():
+            if dist.get_rank() == 1:
+                local_tensor(parameter).fill_(torch.nan)
+    try:
+        estimator.update(model)
+        said = ""
+    except PriorHubError as error:
+        said = f"{type(error).__name__}: {error}"
+    found["diverged on rank 1"] = [said, estimator.num_snapshots]
+
     new = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for n, p in whole.items()}
     for name, parameter in model.named_parameters():
         copy_full_(parameter, new[name])

@@ -44,8 +44,8 @@ class PriorArgumentsMixin:
         prior_through_adapters: whether a prior over base weights is taken through the LoRA adapters on them, as one over
             W0 + s B A. None: wherever there are such adapters, with a line in the log; True: and an error if there are none;
             False: never, so that frozen weights are conditioned on, and an error if all are frozen.
-        prior_device: where the prior is kept: "cpu" leaves the accelerator's memory to the model, at a longer step. Default:
-            beside the model.
+        prior_device: where the prior is kept: "cpu" leaves the accelerator's memory to the model, at a longer step (a sampler's
+            metric of its own lies beside the model all the same). Default: beside the model.
         prior_revision: branch, tag or commit of the prior's repository.
         prior_subfolder: folder of the prior in its repository.
     """

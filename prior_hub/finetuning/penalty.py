@@ -76,7 +76,8 @@ class PriorPenalty:
             to A and B. None: wherever there are such adapters; True: and an error if there are none; False: never, W0 is
             conditioned on as if there were no adapter, and where all covered weights are frozen that is an error.
         device: where the prior is kept; beside the parameters when None. "cpu": the model alone takes the accelerator's memory,
-            and weights and gradients cross over block by block in each step, which takes longer.
+            and weights and gradients cross over block by block in each step, which takes longer. What `bound_gaussians` gives a
+            sampler lies beside the parameters all the same: 2 copies of them, for the metric "full" the whole prior.
 
     Attributes:
         match: the `Match`; print it.
@@ -146,7 +147,10 @@ class PriorPenalty:
         self.covered_names = frozenset(covered) | frozenset(self._head) | frozenset(adapted)
         self._device = local_tensor(next(iter(covered.values()))).device
         if device is not None and self.adapters:
-            raise ValueError("device: a prior that is taken through adapters must be where they are; leave it out.")
+            raise ValueError(
+                f"device (prior_device) is {str(device)!r}: a prior that is taken through adapters must be where they are. "
+                "Leave it out, or use a prior over the adapter's own parameters."
+            )
         self._sum = _Sum(self._device) if any(is_sharded(p) for p in covered.values()) else None
         self.gaussian = _localised(prior, self.match, covered, scale, rank, self._sum, device)
         self._any_sharded = any(is_sharded(p) for p in (*covered.values(), *self._head.values()))

@@ -157,6 +157,12 @@ class SwagCallback(TrainerCallback):
                 self._learning_rates = json.loads((folder / _RATES_NAME).read_text(encoding="utf-8"))
             return
         if state.global_step > self._first:
+            if others := sorted(folder.glob("swag_state-*-of-*.safetensors")):
+                raise PriorHubError(
+                    f"training resumes at step {state.global_step} on other processes than those that wrote its checkpoint: "
+                    f"{folder} has {others[0].name}, one shard of so many, and not {own.name}. Resume on as many processes, "
+                    "sharded alike."
+                )
             raise PriorHubError(
                 f"training resumes at step {state.global_step}, after the first snapshot, but {path} is not there: the "
                 "checkpoint was written without SwagCallback or lies elsewhere. Pass SwagCallback(resume_from=folder)."

@@ -214,7 +214,8 @@ class Offload:
         """Queue the copies of `values`; a thread calls `then` with them, on the CPU in pinned memory, when they are there."""
         self.settle()
         if [(t.shape, t.dtype) for t in self._landing] != [(v.shape, v.dtype) for v in values]:
-            self._landing = [torch.empty(v.shape, dtype=v.dtype, pin_memory=v.device.type != "cpu") for v in values]
+            pinned: dict[str, Any] = {"device": "cpu", "pin_memory": any(v.device.type != "cpu" for v in values)}
+            self._landing = [torch.empty(v.shape, dtype=v.dtype, **pinned) for v in values]
         for device in dict.fromkeys(v.device for v in values):
             streams = self._streams(device)
             if device not in self._side:
@@ -255,7 +256,8 @@ class Offload:
         def hook(*_: Any) -> None:
             self.fence()
 
-        self._fences.append(optimizer.register_step_pre_hook(hook))
+        inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper, which has no hooks of its own
+        self._fences.append(inner.register_step_pre_hook(hook))
 
     def settle(self) -> None:
         """Wait until the last snapshot is in the moments; raises what its thread raised, then and ever after."""

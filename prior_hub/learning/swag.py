@@ -164,19 +164,16 @@ class SwagEstimator:
 
         Raises:
             PriorMatchError: the model is not the one of the first snapshot, or its head cannot be told.
-            PriorNumericsError: a weight is NaN or infinite; the estimate is left as it was.
+            PriorNumericsError: a weight is NaN or infinite (of a sharded model: on any rank); the estimate is left as it was.
         """
         self._settle()
         reshard(model)
         parameters, facts = self._covered(model)
         values = {name: local_tensor(p).detach() for name, p in parameters.items()}
-        if not surely_finite(list(values.values())):
-            for name, value in values.items():
-                if bad := count_not_finite(value):
-                    raise PriorNumericsError(
-                        f"{name!r} has {bad} of {value.numel()} values that are NaN or infinite at snapshot "
-                        f"{self.num_snapshots + 1}: training has diverged. Lower the learning rate or start later."
-                    )
+        if self._layout:  # else ranks whose own shard is finite would count one snapshot more than the others
+            agreed(lambda: self._refuse_not_finite(values))
+        else:
+            self._refuse_not_finite(values)
         if not self._mean:
             self._facts = facts
             self._allocate(values)
@@ -191,11 +188,22 @@ class SwagEstimator:
                 self._offload.fence()
             else:
                 self._offload.fence_before(optimizer)
-        here = [name for name in values if name not in set(across)] if across else list(values)
+        beside = set(across)
+        here = [name for name in values if name not in beside]
         self._add(here, [values[name] for name in here], self.num_snapshots)
         buffers = batch_norm_buffers(model)
         for name in without_head(buffers, facts["head_parameters"], parameters):
             self._buffers[name] = local_tensor(buffers[name]).detach().clone()
+
+    def _refuse_not_finite(self, values: Mapping[str, Tensor]) -> None:
+        if surely_finite(list(values.values())):
+            return
+        for name, value in values.items():
+            if bad := count_not_finite(value):
+                raise PriorNumericsError(
+                    f"{name!r} has {bad} of {value.numel()} values that are NaN or infinite at snapshot "
+                    f"{self.num_snapshots + 1}: training has diverged. Lower the learning rate or start later."
+                )
 
     def _add(self, names: Sequence[str], values: Sequence[Tensor], count: int) -> None:
         if not names:
@@ -243,8 +251,9 @@ class SwagEstimator:
                 (`PriorModel.compressed`); every snapshot when None.
             deviations_dtype: storage type of the deviations, `snapshots_dtype` when None; torch.bfloat16 halves the file.
             release: give the estimate's memory to the prior instead of copying it. The estimator is empty afterwards, even
-                where this call raises. Peak memory for ResNet-50's tensors at K = 20, in copies of the weights and with the
-                estimate's own 22: 46.2 without it, 23.7 with it (13.6 with snapshots in bfloat16).
+                where this call raises once it has begun (too few snapshots, or an `explained` that is no share, leave it as
+                it was). Peak memory for ResNet-50's tensors at K = 20, in copies of the weights and with the estimate's own
+                22: 46.2 without it, 23.7 with it (13.6 with snapshots in bfloat16).
             buffers: BatchNorm statistics to store, as `recompute_batch_norm` returns them (the head's are left out); those
                 of the last snapshot when None.
             base_model: Hub name of the model; read from the model's own config when None.
@@ -264,6 +273,8 @@ class SwagEstimator:
             PriorNumericsError: fewer than two snapshots, or variances of zero with a floor of zero.
             ValueError: `explained` is not a share.
         """
+        if explained is not None and not 0 < explained <= 1:  # asked here too: before anything is given up
+            raise ValueError(f"explained is {explained}, expected a share of the low-rank variance, above 0 and at most 1.")
         self._ready()
         mean, variance, deviations = {}, {}, {}
         floored = 0
@@ -271,33 +282,37 @@ class SwagEstimator:
         wanted = (
             torch.promote_types(self.snapshots_dtype, torch.float32) if explained is not None else kept
         )  # rotate, then round
-        for name in list(self._mean):
-            centre, squares = self._mean[name], self._squares[name]
-            raw = self._gathered(name, squares.div_(self.num_snapshots - 1) if release else squares / (self.num_snapshots - 1))
-            whole = self._gathered(name, centre)
-            mean[name] = whole.clone() if whole is centre and not release else whole
-            floored += int((raw < self.variance_floor).sum())
-            variance[name] = raw.clamp_(min=self.variance_floor)
-            if self.rank:
-                deviations[name] = self._gathered(name, self._centred(name, wanted, in_place=release), leading=1)
-            if release:
-                for group in (self._mean, self._squares, self._ring):
-                    group.pop(name, None)
-        own_name, fields = self._described(
-            mean,
-            floored,
-            buffers=buffers,
-            estimator=estimator,
-            base_model=base_model,
-            base_model_revision=base_model_revision,
-            objective=objective,
-            dataset=dataset,
-            dataset_license=dataset_license,
-            license=license,
-            source=source,
-        )
-        if release:
-            self.reset()
+        try:
+            for name in list(self._mean):
+                centre, squares = self._mean[name], self._squares[name]
+                raw = self._gathered(
+                    name, squares.div_(self.num_snapshots - 1) if release else squares / (self.num_snapshots - 1)
+                )
+                whole = self._gathered(name, centre)
+                mean[name] = whole.clone() if whole is centre and not release else whole
+                floored += int((raw < self.variance_floor).sum())
+                variance[name] = raw.clamp_(min=self.variance_floor)
+                if self.rank:
+                    deviations[name] = self._gathered(name, self._centred(name, wanted, in_place=release), leading=1)
+                if release:
+                    for group in (self._mean, self._squares, self._ring):
+                        group.pop(name, None)
+            own_name, fields = self._described(
+                mean,
+                floored,
+                buffers=buffers,
+                estimator=estimator,
+                base_model=base_model,
+                base_model_revision=base_model_revision,
+                objective=objective,
+                dataset=dataset,
+                dataset_license=dataset_license,
+                license=license,
+                source=source,
+            )
+        finally:
+            if release:  # else what is left after an error would pass for an estimate
+                self.reset()
         prior = PriorModel.from_tensors(
             {own_name(name): tensor for name, tensor in mean.items()},
             {own_name(name): tensor for name, tensor in variance.items()},
@@ -328,7 +343,8 @@ class SwagEstimator:
 
         It is made and written one tensor at a time. Of a sharded model every rank must call this: tensors are put together
         from the shards as rank 0 comes to write them, so that a rank needs memory for one of them beside its own share. Other
-        models are the same on every rank, and rank 0 alone does it. With `explained` there is one more copy of the share.
+        models are the same on every rank, and rank 0 alone does it. With `explained` there are up to two more copies of the
+        share's deviations, in float32 at least and on the mesh's device (memory of the accelerator, for one that has one).
 
         Args:
             save_directory: as `PriorModel.save_pretrained`; on rank 0's disk.
@@ -371,7 +387,7 @@ class SwagEstimator:
             for begin in blocks:
                 block = self._gathered(names[own], part(kind, own, slice(begin, begin + step)), leading=1)
                 if process_index() == 0:
-                    rows = torch.empty(prior.rank, *shape, dtype=block.dtype) if rows is None else rows
+                    rows = torch.empty(prior.rank, *shape, dtype=block.dtype, device="cpu") if rows is None else rows
                     rows[begin : begin + step] = block
             return block if rows is None else rows
 
