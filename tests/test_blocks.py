@@ -94,6 +94,24 @@ def test_several_threads_share_the_blocks_and_torch_keeps_its_number(threads):
     assert later == [3]
 
 
+def test_torch_is_single_threaded_in_a_thread_of_the_sweep_and_stays_so(threads):
+    threads(3)
+    blocks._POOL.forget()
+    seen = []
+
+    def visit(block, scratch, total):
+        del block, scratch, total
+        torch.ones(1 << 17).add_(1)  # at its first operation in a thread torch looks up how many threads there should be
+        seen.append(torch.get_num_threads())
+
+    chunks = blocks_of([("a", 1 << 22)], CPU)
+    for number in (3, 2):  # the second time after the process's own number was set
+        threads(number)
+        sweep(chunks, visit, (), dtype=torch.float64, device=CPU, numbers=1 << 30)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
+
+
 def test_an_error_in_a_block_reaches_the_caller_and_the_next_sweep_works(threads):
     threads(2)
 

@@ -176,6 +176,7 @@ class _Pool:
 
 def _become_worker(ready: threading.Barrier) -> None:
     _here.worker = True
+    torch.get_num_threads()  # else torch, at its first operation here, would set the process's number in place of ours
     torch.set_num_threads(1)
     ready.wait()
 
