@@ -12,6 +12,7 @@ are summed in order: results are the same to the bit whatever the number of thre
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -115,10 +116,12 @@ def sweep(
     accumulators = torch.zeros(len(chunks), *shape, dtype=dtype, device=device)
     waiting = deque(range(len(chunks)))
     inference = torch.is_inference_mode_enabled()  # a thread does not inherit it
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # nor that, on which values may be pending
 
     def work() -> None:
         scratch = Scratch(device)
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        here = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+        with here, torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
             while True:
                 try:
                     index = waiting.popleft()
@@ -131,8 +134,12 @@ def sweep(
     if threads <= 1 or numbers < _INLINE or getattr(_here, "worker", False):
         work()
     else:
-        futures = [_POOL.submit(work, threads) for _ in range(threads)]
+        futures: list[Future[None]] = []
         try:
+            try:
+                futures.extend(_POOL.submit(work, threads) for _ in range(threads))
+            except RuntimeError:  # no thread can be started, or none any more: the main thread has ended
+                work()
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             waiting.clear()  # after an error (or an interrupt) the other threads stop at their next chunk
@@ -167,10 +174,16 @@ class _Pool:
         before = torch.get_num_threads()
         ready = threading.Barrier(threads + 1)
         executor = ThreadPoolExecutor(threads, "prior-hub", initializer=_become_worker, initargs=(ready,))
-        for _ in range(threads):
-            executor.submit(int)  # which starts a thread, since none is idle before the barrier
-        ready.wait()
-        torch.set_num_threads(before)  # a thread's number is also that of every thread that starts later
+        try:
+            for _ in range(threads):
+                executor.submit(int)  # which starts a thread, since none is idle before the barrier
+            ready.wait()
+        except BaseException:
+            ready.abort()  # else those that wait there would wait for ever, and the interpreter's end for them
+            executor.shutdown()
+            raise
+        finally:
+            torch.set_num_threads(before)  # a thread's number is also that of every thread that starts later
         return executor
 
 
@@ -178,7 +191,8 @@ def _become_worker(ready: threading.Barrier) -> None:
     _here.worker = True
     torch.get_num_threads()  # else torch, at its first operation here, would set the process's number in place of ours
     torch.set_num_threads(1)
-    ready.wait()
+    with contextlib.suppress(threading.BrokenBarrierError):  # another thread could not be started: this one is sent home
+        ready.wait()
 
 
 _POOL = _Pool()
