@@ -41,7 +41,7 @@ from torch import Tensor
 
 from prior_hub.errors import PriorMatchError, PriorNumericsError
 from prior_hub.priors.blocks import DEVICE_BLOCK, Block, Scratch, blocks_of, sweep
-from prior_hub.priors.fused import Tables, is_available, takes
+from prior_hub.priors.fused import Tables, is_available, takes, works
 
 __all__ = ["LowRankGaussian", "swag_weights"]
 
@@ -116,6 +116,10 @@ class LowRankGaussian:
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
         self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # (its step, (K, K) inverse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without views, each of which would be written with all it is a view of, and addresses."""
+        return self.__dict__ | {"_views": {}, "_chunks": {}, "_tables": None}
 
     # ---------------------------------------------------------------------------------------------- shape and views
 
@@ -278,6 +282,7 @@ class LowRankGaussian:
         for name, out in into.items():
             if name not in self.mean or out.shape != self.mean[name].shape:
                 raise PriorMatchError(f"cannot write the gradient of {name!r}: no such parameter, or another shape.")
+        _refuse_shared_memory(into)
         flat = {name: out.reshape(-1) for name, out in into.items()}  # a copy where `out` is not contiguous
         with torch.no_grad():
             value = self._evaluate(theta, flat, factor)
@@ -309,6 +314,7 @@ class LowRankGaussian:
             known = name in self.mean
             if not known or (isinstance(length, Tensor) and length.ndim and length.shape != self.mean[name].shape):
                 raise PriorMatchError(f"cannot step {name!r}: no such parameter, or the step has another shape.")
+        _refuse_shared_memory({name: theta[name] for name in step})
         device = self._device()
         # flat once: a tensor in channels_last would be copied for every block; and a step of 0 leaves a weight alone
         lengths = {n: c.reshape(-1) if isinstance(c, Tensor) and c.ndim else c for n, c in step.items()}
@@ -385,7 +391,7 @@ class LowRankGaussian:
             out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,), work)
             return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
 
-        def factorise(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> None:
+        def factorised(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> Tensor:
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
                 rows = self._some_rows(block, scratch, dtype)
                 scaled = scratch.take("scaled rows", rows.shape, dtype)
@@ -396,7 +402,9 @@ class LowRankGaussian:
             gram = gram if self._sum is None else self._sum(gram)
             values, vectors = torch.linalg.eigh((0.5 * low_rank**2 * (gram + gram.T)).cpu())
             # I + a positive matrix: what rounding made of its small eigenvalues is no reason to give up
-            self._stepped = (key, ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(device))
+            inverse: Tensor = ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(device)
+            self._stepped = key, inverse
+            return inverse
 
         def project(block: Block, scratch: Scratch, total: Tensor) -> None:
             scaled = self._offset(block, flat[block.name], scratch, work).div_(denominator(block, step, scratch, work))
@@ -408,13 +416,11 @@ class LowRankGaussian:
         if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
             return torch.full_like(right, math.nan)
         tolerance = 1e-13 if work == torch.float64 else 1e-7
-        if self._stepped is None or self._stepped[0] != key:
-            factorise(nearby, work)
-        assert self._stepped is not None  # noqa: S101
-        solution, settled = _conjugate_gradients(through, right, self._stepped[1], tolerance)
+        before = self._stepped  # once: another thread may step too
+        inverse = before[1] if before is not None and before[0] == key else factorised(nearby, work)
+        solution, settled = _conjugate_gradients(through, right, inverse, tolerance)
         if not settled:  # C has moved far from the one that was factorised, or float32 was too coarse for it
-            factorise(step, accumulator)
-            solution, _ = _conjugate_gradients(through, right, self._stepped[1], tolerance)
+            solution, _ = _conjugate_gradients(through, right, factorised(step, accumulator), tolerance)
         return solution
 
     def _elementwise(self, theta: Mapping[str, Tensor]) -> torch.dtype:
@@ -876,7 +882,7 @@ class LowRankGaussian:
         small = scaled_rows or any(rows.dtype != work for rows in self.deviations.values())
         if small not in self._chunks:
             sizes = [(name, mean.numel()) for name, mean in self.mean.items()]
-            chunks = self._chunks[small] = blocks_of(sizes, self._device(), copied_rows=self.rank if small else 0)
+            chunks = blocks_of(sizes, self._device(), copied_rows=self.rank if small else 0)
             flat: tuple[Tensor, ...] = ()
             last = None
             for block in itertools.chain.from_iterable(chunks):
@@ -885,6 +891,7 @@ class LowRankGaussian:
                     if self.deviations:
                         flat += (self.deviations[block.name].reshape(self.rank, -1),)
                 self._views[block] = tuple(t[..., block.start : block.stop] for t in flat)
+            self._chunks[small] = chunks  # last: another thread may be looking
         numbers = self.num_parameters * (self.rank + 3)
         device = self._device()
         return sweep(self._chunks[small], visit, shape, dtype=_accumulator(device), device=device, numbers=numbers)
@@ -896,6 +903,8 @@ class LowRankGaussian:
         if not is_available(device) or not takes([*stored, *given], device) or not all(t.is_contiguous() for t in given):
             return None
         if self._tables is None:
+            if not works(device):
+                return None
             operands = {}
             for name, mean in self.mean.items():
                 rows = self.deviations[name].reshape(self.rank, -1).contiguous() if self.deviations else None
@@ -974,6 +983,19 @@ class _PenaltyFunction(torch.autograd.Function):
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (None, *((g * output.to(g.dtype)).to(dtype) for g, dtype in pairs))
+
+
+def _refuse_shared_memory(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `PriorMatchError` if two tensors to be written are the same: blocks are written by several threads at once."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type not in ("cpu", "cuda") or not (address := tensor.data_ptr()):  # empty, or no memory of its own
+            continue
+        if (first := seen.setdefault((tensor.device, address), name)) != name and tensor.numel():
+            raise PriorMatchError(
+                f"{first!r} and {name!r} are one tensor, and each would be written to under both names. A prior holds tied "
+                "weights once, under one name."
+            )
 
 
 def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
