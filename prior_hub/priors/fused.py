@@ -48,24 +48,26 @@ def _has_triton() -> bool:
 
 def takes(tensors: Sequence[Tensor], device: torch.device) -> bool:
     """Whether the kernels can read all of these: float32, bfloat16 or float16 on that device."""
-    return all(tensor.dtype in _TYPES and tensor.device == device for tensor in tensors)
+    if not all(tensor.dtype in _TYPES and tensor.device == device for tensor in tensors):
+        return False
+    return all(works(device, dtype) for dtype in {tensor.dtype for tensor in tensors})
 
 
 @functools.cache
-def works(device: torch.device) -> bool:
+def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels can be compiled for that device, and run there; found out once, with a warning where they cannot.
 
     Triton needs a C compiler where it runs, and some GPUs are too old for it, or for bfloat16.
     """
-    one = torch.ones(8, dtype=torch.float32, device=device)
-    rows = torch.ones(1, 8, dtype=torch.bfloat16, device=device)
+    one = torch.ones(8, dtype=dtype, device=device)
     try:
-        tables = Tables({"w": (one, one, rows)}, {"w": 1.0}, factor=1.0, eps=1.0)
-        tables.finish({"w": 3 * one}, tables.project({"w": 3 * one}), {}, 1.0)
+        tables = Tables({"w": (one, one, one.view(1, 8))}, {"w": 1.0}, factor=1.0, eps=1.0)
+        tables.finish({"w": one}, tables.project({"w": one}), {"w": one.clone()}, 1.0)
     except Exception as error:  # noqa: BLE001 (whatever it is, plain operations do the same work)
         warnings.warn(
-            f"Triton's kernels cannot be used on {device} ({type(error).__name__}: {str(error)[:200]}): the penalty goes by "
-            "plain torch operations, which takes longer. PRIOR_HUB_FUSED=0 in the environment asks for that without a warning.",
+            f"Triton's kernels cannot be used on {device} with {dtype} ({type(error).__name__}: {str(error)[:200]}): the "
+            "penalty goes by plain torch operations, which takes longer. PRIOR_HUB_FUSED=0 in the environment asks for that "
+            "from the start.",
             PriorWarning,
             stacklevel=2,
         )

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from prior_hub.errors import PriorMatchError, PriorNumericsError
 from prior_hub.priors.blocks import DEVICE_BLOCK, Block, Scratch, blocks_of, sweep
-from prior_hub.priors.fused import Tables, is_available, takes, works
+from prior_hub.priors.fused import Tables, is_available, takes
 
 __all__ = ["LowRankGaussian", "swag_weights"]
 
@@ -903,8 +903,6 @@ class LowRankGaussian:
         if not is_available(device) or not takes([*stored, *given], device) or not all(t.is_contiguous() for t in given):
             return None
         if self._tables is None:
-            if not works(device):
-                return None
             operands = {}
             for name, mean in self.mean.items():
                 rows = self.deviations[name].reshape(self.rank, -1).contiguous() if self.deviations else None
