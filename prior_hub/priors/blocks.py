@@ -116,7 +116,8 @@ def sweep(
     accumulators = torch.zeros(len(chunks), *shape, dtype=dtype, device=device)
     waiting = deque(range(len(chunks)))
     inference = torch.is_inference_mode_enabled()  # a thread does not inherit it
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # nor that, on which values may be pending
+    on_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream() if on_cuda else None  # nor that one, on which values may be pending
 
     def work() -> None:
         scratch = Scratch(device)
