@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,24 @@ def test_several_threads_share_the_blocks_and_torch_keeps_its_number(threads):
     assert later == [3]
 
 
+def test_torch_is_single_threaded_in_a_thread_of_the_sweep_and_stays_so(threads):
+    threads(3)
+    blocks._POOL.forget()
+    seen = []
+
+    def visit(block, scratch, total):
+        del block, scratch, total
+        torch.ones(1 << 17).add_(1)  # at its first operation in a thread torch looks up how many threads there should be
+        seen.append(torch.get_num_threads())
+
+    chunks = blocks_of([("a", 1 << 22)], CPU)
+    for number in (3, 2):  # the second time after the process's own number was set
+        threads(number)
+        sweep(chunks, visit, (), dtype=torch.float64, device=CPU, numbers=1 << 30)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
+
+
 def test_an_error_in_a_block_reaches_the_caller_and_the_next_sweep_works(threads):
     threads(2)
 
@@ -138,6 +158,30 @@ def test_it_works_in_inference_mode_and_under_autocast(threads):
         assert prior.rescaled(1.0).penalty(theta) == expected
 
 
+def test_a_thread_works_on_the_cuda_stream_of_its_caller(threads, monkeypatch):
+    """What the caller has queued there may be the very values that a block copies from the GPU."""
+    threads(2)
+    local = threading.local()
+    seen = []
+
+    @contextlib.contextmanager
+    def pretended(stream):
+        local.stream = stream
+        yield
+        del local.stream
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    monkeypatch.setattr(torch.cuda, "stream", pretended)
+
+    def visit(block, scratch, total):
+        del block, scratch, total
+        seen.append((threading.current_thread().name.startswith("prior-hub"), local.stream))
+
+    sweep(blocks_of([("a", 1 << 22)], CPU), visit, (), dtype=torch.float64, device=CPU, numbers=1 << 30)
+    assert set(seen) == {(True, "the caller's")}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_makes_threads_of_its_own():
     program = """
@@ -154,6 +198,47 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
     assert subprocess.run(command, timeout=120, check=False).returncode == 0
+
+
+def test_where_no_thread_can_be_started_the_caller_does_the_work(threads, monkeypatch):
+    threads(3)
+
+    class Full(ThreadPoolExecutor):
+        def submit(self, *work):
+            if self._threads:
+                raise RuntimeError("can't start new thread")  # as Python says it
+            return super().submit(*work)
+
+    monkeypatch.setattr(blocks, "_POOL", blocks._Pool())
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", Full)
+    others = set(threading.enumerate())
+
+    def visit(block, scratch, total):
+        del scratch
+        total += block.stop - block.start
+
+    chunks = blocks_of([("a", 1 << 22)], CPU)
+    assert sweep(chunks, visit, (), dtype=torch.float64, device=CPU, numbers=1 << 30) == 1 << 22
+    assert set(threading.enumerate()) == others  # the one that could be started has gone home
+    assert torch.get_num_threads() == 3
+
+
+def test_a_thread_that_outlives_the_main_thread_goes_on():
+    program = """
+import sys, threading, torch
+torch.set_num_threads(2)
+sys.path.insert(0, sys.argv[1])
+from test_blocks import problem
+prior, theta = problem()
+def train():
+    before = prior.penalty(theta)
+    threading.main_thread().join()
+    print(prior.penalty(theta) == before)
+threading.Thread(target=train).start()
+"""
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    done = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+    assert done.stdout == "tensor(True)\n", done.stderr
 
 
 def test_scratch_memory_is_used_again_and_grows():

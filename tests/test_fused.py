@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from prior_hub.errors import PriorWarning
+from prior_hub.priors import fused, gaussian
 from prior_hub.priors.fused import is_available
 
 pytest.importorskip("triton", reason="this torch comes without Triton")
@@ -51,6 +54,58 @@ def test_they_run_on_cuda_only_and_not_where_the_environment_says_no(monkeypatch
     assert is_available(torch.device("cuda"))
     monkeypatch.setenv("PRIOR_HUB_FUSED", "0")
     assert not is_available(torch.device("cuda"))
+
+
+class Launches:
+    """In the place of a kernel: runs nothing, and asks what the current device is."""
+
+    def __init__(self, current):
+        self.current, self.seen = current, []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.seen.append(self.current[-1])
+
+
+def test_kernels_are_launched_with_the_device_of_the_prior_as_the_current_one(monkeypatch):
+    current = ["another"]
+
+    @contextlib.contextmanager
+    def pretended(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    kernel = Launches(current)
+    monkeypatch.setattr(fused, "_kernels", lambda: fused._Kernels(kernel, kernel))
+    monkeypatch.setattr(fused, "_current", pretended)
+    theta = {"w": torch.ones(8)}
+    tables = fused.Tables({"w": (theta["w"], theta["w"], torch.ones(2, 8))}, {"w": 1.0}, factor=1.0, eps=0.0)
+    z = tables.project(theta)
+    tables.through(z, {"w": 0.1})
+    tables.finish(theta, z, {}, 1.0)
+    tables.move_(theta, z, {"w": 0.1})
+    assert kernel.seen == [torch.device("cpu")] * 4
+
+
+def test_the_current_device_is_changed_for_gpus_only():
+    assert fused._current(torch.device("cuda:1")).idx == 1
+    assert isinstance(fused._current(torch.device("cpu")), contextlib.nullcontext)
+
+
+def test_where_triton_cannot_run_plain_operations_do_and_it_is_said_once(monkeypatch, recwarn):
+    def broken():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(gaussian, "is_available", lambda device: True)
+    monkeypatch.setattr(fused, "_kernels", broken)
+    fused.works.cache_clear()
+    mean = {"w": torch.zeros(8)}
+    prior = gaussian.LowRankGaussian(mean, {"w": torch.ones(8)})
+    assert prior.penalty({"w": torch.ones(8)}) == 4
+    assert prior.rescaled(2.0).penalty({"w": torch.ones(8)}) == 2
+    assert [w.category for w in recwarn] == [PriorWarning]
+    assert "C compiler" in str(recwarn[0].message)
+    fused.works.cache_clear()
 
 
 PROGRAM = """

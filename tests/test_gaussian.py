@@ -1,6 +1,8 @@
 """The Gaussian against a dense float64 covariance matrix, autograd and torch.distributions."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -429,6 +431,48 @@ def test_add_gradient_writes_in_place_for_non_contiguous_outputs_and_skips_missi
     assert not into["w"].is_contiguous()
     torch.testing.assert_close(into["w"], start + 0.5 * gradient["w"], rtol=1e-6, atol=1e-6)
     assert returned.item() == value.item()
+
+
+def test_one_tensor_under_two_names_is_not_written_to():
+    prior = LowRankGaussian({n: torch.zeros(5) for n in "ab"}, {n: torch.ones(5) for n in "ab"})
+    shared = torch.zeros(5)
+    with pytest.raises(PriorMatchError, match="'a' and 'b' are one tensor"):
+        prior.add_gradient_({"a": shared + 1, "b": shared + 1}, {"a": shared, "b": shared}, 1.0)
+    with pytest.raises(PriorMatchError, match="'a' and 'b' are one tensor"):
+        prior.proximal_step_({"a": shared, "b": shared}, {"a": 1.0, "b": 1.0})
+    assert not shared.any()
+    assert prior.penalty({"a": shared + 1, "b": shared + 1}) == 5  # to read it twice is well defined
+
+
+def test_another_evaluation_may_come_while_views_are_made(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    mean = {n: torch.randn(7, generator=g) for n in "ab"}
+    prior = LowRankGaussian(mean, {n: torch.ones(7) for n in mean}, {n: torch.randn(2, 7, generator=g) for n in mean})
+    theta = {n: m + 1 for n, m in mean.items()}
+    found = []
+
+    class Watched(list):
+        def __iter__(self):
+            monkeypatch.undo()
+            found.append(prior.penalty(theta))
+            return super().__iter__()
+
+    plain = module.blocks_of
+    monkeypatch.setattr(module, "blocks_of", lambda *a, **k: Watched(plain(*a, **k)))
+    value = prior.penalty(theta)
+    assert found == [value]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda prior: pickle.loads(pickle.dumps(prior))])
+def test_a_gaussian_that_was_used_is_copied_and_pickled_as_a_new_one_is(copied):
+    mean = {"w": torch.randn(1 << 20)}
+    prior = LowRankGaussian(mean, {"w": torch.ones(1 << 20)}, {"w": torch.randn(2, 1 << 20)})
+    size = len(pickle.dumps(prior))
+    value = prior.penalty({"w": mean["w"] + 1})
+    assert len(pickle.dumps(prior)) < size + 10_000  # the factor is kept
+    other = copied(prior)
+    prior.mean["w"].zero_()
+    assert other.penalty({"w": other.mean["w"] + 1}) == pytest.approx(float(value), rel=1e-12)
 
 
 def test_bfloat16_weights_are_compared_in_float32():

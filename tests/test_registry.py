@@ -128,6 +128,26 @@ def test_the_files_of_a_large_prior_are_fetched_side_by_side(repo, cache, monkey
     assert_same(load(repo, cache), prior)
 
 
+def test_when_one_file_fails_those_that_wait_are_not_fetched(repo, cache, monkeypatch):
+    random_prior(rank=3).push_to_hub(repo, **SHARDS)
+    plain, asked = HfApi.hf_hub_download, []
+
+    def fails(self, repo_id, filename, **options):
+        if ".safetensors" not in filename:
+            return plain(self, repo_id, filename, **options)
+        asked.append(filename)
+        if len(asked) == 1:
+            raise ConnectionError("the first")
+        threading.Event().wait(0.2)  # the others are long under way
+        return None
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", fails)
+    monkeypatch.setattr(registry, "_DOWNLOADS", 1)
+    with pytest.raises(PriorConnectionError, match="the first"):
+        load(repo, cache)
+    assert len(asked) <= 2 < len(download_config(repo, cache_dir=cache)[0].weight_files)
+
+
 def test_a_push_is_one_commit_of_configuration_weights_and_card(hub):
     name = fresh_repo_id()
     result = random_prior().push_to_hub(name, commit_description="why")

@@ -12,11 +12,14 @@ import pickle
 import shutil
 import stat
 import struct
+import subprocess
+import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -609,6 +612,66 @@ def test_verifying_reads_each_byte_once_and_holds_none_of_them(large):
     assert size <= bytes_read_by(lambda: read_prior(large)) < size + 100_000
     assert bytes_read_by(lambda: read_prior(large, verify=False)) < 100_000
     assert peak_memory_of(lambda: read_prior(large)) < 60_000_000  # two blocks of 8 MiB, and what hashing needs
+
+
+def test_a_thread_that_outlives_the_main_thread_saves_and_loads(tmp_path):
+    program = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from priors_for_tests import assert_same, random_prior
+from prior_hub import PriorModel
+from prior_hub.priors import tensor_files
+tensor_files._THREADED_FROM = 1
+prior = random_prior()
+def work():
+    threading.main_thread().join()
+    prior.save_pretrained(sys.argv[2], max_shard_size=200)
+    assert_same(PriorModel.from_pretrained(sys.argv[2]), prior)
+    print("done")
+threading.Thread(target=work).start()
+"""
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "prior")]
+    done = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_when_one_task_fails_those_that_wait_are_not_begun():
+    begun = []
+
+    def task(number):
+        begun.append(number)
+        if number == 1:
+            raise KeyError(number)
+        time.sleep(0.05)
+
+    with pytest.raises(KeyError):
+        tensor_files.side_by_side([partial(task, number) for number in range(50)], 2)
+    assert len(begun) < 10
+    assert tensor_files.side_by_side([partial(divmod, number, 2) for number in range(5)], 3) == [divmod(n, 2) for n in range(5)]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_a_file_system_that_takes_no_advice_is_read(folder, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuses)
+    read_prior(folder)
+
+
+def test_buffers_are_in_the_memory_of_the_cpu_whatever_device_tensors_are_made_on_by_default(tmp_path):
+    strided = torch.arange(6.0).reshape(2, 3).T
+    with torch.device("meta"):  # what torch.set_default_device("cuda") does
+        tensor_files.write_file(tmp_path / "x", {"t": tensor_files.spec_of(strided)}, lambda _: strided)
+    assert torch.equal(load_file(tmp_path / "x")["t"], strided)
+
+
+@pytest.mark.parametrize("offsets", [[0, 7], [-4, 4], [8, 0]])
+def test_a_file_whose_header_changed_after_it_was_opened_is_called_that(tmp_path, offsets):
+    header = json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(PriorFormatError, match="changed while it was read"):
+        tensor_files.verify_file(tmp_path / "x", {"t": None})
 
 
 @linux

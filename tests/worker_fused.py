@@ -5,6 +5,7 @@ python worker_fused.py DEVICE OUTPUT        DEVICE is cuda, or cpu with TRITON_I
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import sys
@@ -100,6 +101,27 @@ def main(device, output):
         there.penalty_and_gradient(moved)[1], exact.penalty_and_gradient({n: t.double().cpu() for n, t in moved.items()})[1]
     )
     results["and back"] = error(there.penalty_and_gradient(theta)[1], {n: t.double().cpu() for n, t in before.items()})
+    there, _, theta, _ = problem(device)
+    into, versions = {"a": torch.zeros_like(theta["a"])}, {n: t._version for n, t in theta.items()}
+    there.add_gradient_(theta, into, 1.0)
+    there.proximal_step_(theta, {"d": 0.1})
+    assert into["a"]._version == 1  # else a graph that still needs the old values would not be refused
+    assert {n for n, t in theta.items() if t._version != versions[n]} == {"d"}
+    with torch.inference_mode():
+        there.add_gradient_(theta, {"a": torch.zeros(5000, device=device)}, 1.0)
+
+    there, exact, theta, theta64 = problem(device, seed=3)
+    with torch.device("meta"):  # what torch.set_default_device("cuda") does, with one that nothing here may follow
+        there.proximal_step_(theta, dict.fromkeys(SHAPES, 0.1))
+        gradient = there.penalty_and_gradient(theta)[1]
+    exact.proximal_step_(theta64, dict.fromkeys(SHAPES, 0.1))
+    results["implicit step, another default device"] = error(theta, theta64)
+    wanted = exact.penalty_and_gradient({n: t.double().cpu() for n, t in theta.items()})[1]
+    results["gradient, another default device"] = error(gradient, wanted)
+    other = copy.deepcopy(there)
+    for tensor in (*there.mean.values(), *there.variance.values(), *there.deviations.values()):
+        tensor.fill_(7)
+    results["gradient of a copy"] = error(other.penalty_and_gradient(theta)[1], wanted)
     results["kernels that ran"] = sorted(set(calls))
     Path(output).write_text(json.dumps(results))
 

@@ -12,6 +12,7 @@ are summed in order: results are the same to the bit whatever the number of thre
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -113,10 +114,13 @@ def sweep(
     accumulators = torch.zeros(len(chunks), *shape, dtype=dtype, device=device)
     waiting = deque(range(len(chunks)))
     inference = torch.is_inference_mode_enabled()  # a thread does not inherit it
+    on_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream() if on_cuda else None  # nor that one, on which values may be pending
 
     def work() -> None:
         scratch = Scratch(device)
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        here = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+        with here, torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
             while True:
                 try:
                     index = waiting.popleft()
@@ -142,8 +146,14 @@ def in_threads(jobs: Sequence[Callable[[], None]], *, stop: Callable[[], None] =
         for job in jobs:
             job()
         return
-    futures = [_POOL.submit(job, len(jobs)) for job in jobs]
+    futures: list[Future[None]] = []
     try:
+        try:
+            for job in jobs:
+                futures.append(_POOL.submit(job, len(jobs)))
+        except RuntimeError:  # no thread can be started, or none any more: the main thread has ended
+            for job in jobs[len(futures) :]:
+                job()
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
         stop()
@@ -177,17 +187,25 @@ class _Pool:
         before = torch.get_num_threads()
         ready = threading.Barrier(threads + 1)
         executor = ThreadPoolExecutor(threads, "prior-hub", initializer=_become_worker, initargs=(ready,))
-        for _ in range(threads):
-            executor.submit(int)  # which starts a thread, since none is idle before the barrier
-        ready.wait()
-        torch.set_num_threads(before)  # a thread's number is also that of every thread that starts later
+        try:
+            for _ in range(threads):
+                executor.submit(int)  # which starts a thread, since none is idle before the barrier
+            ready.wait()
+        except BaseException:
+            ready.abort()  # else those that wait there would wait for ever, and the interpreter's end for them
+            executor.shutdown()
+            raise
+        finally:
+            torch.set_num_threads(before)  # a thread's number is also that of every thread that starts later
         return executor
 
 
 def _become_worker(ready: threading.Barrier) -> None:
     _here.worker = True
+    torch.get_num_threads()  # else torch, at its first operation here, would set the process's number in place of ours
     torch.set_num_threads(1)
-    ready.wait()
+    with contextlib.suppress(threading.BrokenBarrierError):  # another thread could not be started: this one is sent home
+        ready.wait()
 
 
 _POOL = _Pool()

@@ -16,16 +16,20 @@ the reference, and what runs where there is no Triton, or types it does not take
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tables", "is_available", "takes"]
+from prior_hub.errors import PriorWarning
+
+__all__ = ["Tables", "is_available", "takes", "works"]
 
 _BLOCK = 4096  # entries of a program
 _WARPS = 8
@@ -44,7 +48,31 @@ def _has_triton() -> bool:
 
 def takes(tensors: Sequence[Tensor], device: torch.device) -> bool:
     """Whether the kernels can read all of these: float32, bfloat16 or float16 on that device."""
-    return all(tensor.dtype in _TYPES and tensor.device == device for tensor in tensors)
+    if not all(tensor.dtype in _TYPES and tensor.device == device for tensor in tensors):
+        return False
+    return all(works(device, dtype) for dtype in {tensor.dtype for tensor in tensors})
+
+
+@functools.cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels can be compiled for that device, and run there; found out once, with a warning where they cannot.
+
+    Triton needs a C compiler where it runs, and some GPUs are too old for it, or for bfloat16.
+    """
+    one = torch.ones(8, dtype=dtype, device=device)
+    try:
+        tables = Tables({"w": (one, one, one.view(1, 8))}, {"w": 1.0}, factor=1.0, eps=1.0)
+        tables.finish({"w": one}, tables.project({"w": one}), {"w": one.clone()}, 1.0)
+    except Exception as error:  # noqa: BLE001 (whatever it is, plain operations do the same work)
+        warnings.warn(
+            f"Triton's kernels cannot be used on {device} with {dtype} ({type(error).__name__}: {str(error)[:200]}): the "
+            "penalty goes by plain torch operations, which takes longer. PRIOR_HUB_FUSED=0 in the environment asks for that "
+            "from the start.",
+            PriorWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class _Group(NamedTuple):
@@ -83,7 +111,6 @@ class Tables:
         self._sent: dict[tuple[str, tuple[str, ...]], tuple[list[int], Tensor]] = {}  # role, group -> addresses, table
         self._selected: dict[tuple[tuple[str, ...], tuple[int, ...]], Tensor] = {}  # group, tensors -> programs
         alike: dict[tuple[object, ...], list[str]] = {}
-        self._steps: dict[str, Tensor] = {}
         self.rank = 0
         self._device = torch.device("cpu")
         for name, (mean, variance, rows) in operands.items():
@@ -136,13 +163,16 @@ class Tables:
         self, theta: Mapping[str, Tensor] | None, vector: Tensor | None, lengths: Mapping[str, float | Tensor] | None
     ) -> Tensor:
         kernels = _kernels()
+        lengths = None if lengths is None else _readable(lengths)  # held till the end: the kernels read it
         total = torch.zeros(self.rank, dtype=torch.float64, device=self._device)
         for group, names, indices in self._launches(theta or {}, {}, lengths or {}):
             where, steps, has_tensors = self._step_tables(group, lengths or {})
             programs = indices.numel()
             partial = torch.empty(programs, self.rank, dtype=torch.float32, device=self._device)
             first = None if theta is None else theta[names[0]]
-            kernels.project[(programs,)](
+            self._launch(
+                kernels.project,
+                programs,
                 partial,
                 self._table("theta", group, theta) if theta is not None else group.stored,
                 group.stored,
@@ -179,6 +209,7 @@ class Tables:
         lengths: Mapping[str, float | Tensor] | None,
     ) -> Tensor:
         kernels = _kernels()
+        lengths = None if lengths is None else _readable(lengths)  # held till the end: the kernels read it
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         scalar = factor.to(device=self._device, dtype=torch.float32).reshape(()) if isinstance(factor, Tensor) else None
         for group, names, indices in self._launches(theta, into, lengths or {}):
@@ -187,7 +218,9 @@ class Tables:
             partial = torch.empty(programs, dtype=torch.float32, device=self._device)
             out = into.get(names[0])
             addresses = self._table("theta", group, theta)
-            kernels.finish[(programs,)](
+            self._launch(
+                kernels.finish,
+                programs,
                 partial,
                 addresses,
                 addresses if out is None else self._table("into", group, into),
@@ -219,7 +252,14 @@ class Tables:
                 num_warps=_WARPS,
             )
             total += group.weights[indices.long()] @ partial.double()
+        written = into if lengths is None else {name: theta[name] for name in lengths}
+        torch.autograd.graph.increment_version([t for t in written.values() if not t.is_inference()])  # as torch's own would
         return total
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        """Triton launches on the current device, whichever one the addresses are of."""
+        with _current(self._device):
+            kernel[(programs,)](*arguments, **constants)
 
     def _launches(
         self, theta: Mapping[str, Tensor], into: Mapping[str, Tensor], lengths: Mapping[str, float | Tensor]
@@ -243,7 +283,7 @@ class Tables:
         """Which programs of a group work on these of its tensors, (n,) int32."""
         key = (group.names, tensors)
         if key not in self._selected:
-            chosen = torch.isin(group.tensor_of.cpu(), torch.tensor(tensors, dtype=torch.int32))
+            chosen = torch.isin(group.tensor_of.cpu(), torch.tensor(tensors, dtype=torch.int32, device="cpu"))
             self._selected[key] = chosen.nonzero()[:, 0].to(dtype=torch.int32, device=self._device)
         return self._selected[key]
 
@@ -253,7 +293,7 @@ class Tables:
         before = self._sent.get((role, group.names))
         if before is not None and before[0] == addresses:
             return before[1]
-        table = torch.tensor(addresses, dtype=torch.int64)
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         if self._device.type == "cuda":
             table = table.pin_memory().to(self._device, non_blocking=True)
         self._sent[role, group.names] = addresses, table
@@ -261,14 +301,26 @@ class Tables:
 
     def _step_tables(self, group: _Group, lengths: Mapping[str, float | Tensor]) -> tuple[Tensor, Tensor, bool]:
         """Addresses of step lengths that are tensors, those that are numbers, and whether there are any of the former."""
-        flat = {n: c.to(torch.float32).contiguous() for n, c in lengths.items() if isinstance(c, Tensor) and c.ndim}
-        self._steps = flat  # else what was converted would be freed, and its memory taken, before the kernel reads it
+        flat = {n: c for n, c in lengths.items() if isinstance(c, Tensor) and c.ndim}
         numbers = [lengths.get(name, 0.0) if name not in flat else 0.0 for name in group.names]
         if any(isinstance(number, Tensor) for number in numbers):  # 0-d, of a capturable optimizer: stays on the device
             steps = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self._device) for n in numbers])
         else:
             steps = torch.tensor(numbers, dtype=torch.float32, device=self._device)
         return self._table("step", group, flat) if flat else group.sizes, steps, bool(flat)
+
+
+def _readable(lengths: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
+    """Step lengths as the kernels read them: tensors that are not 0-d in float32, contiguous."""
+    return {
+        name: length.to(torch.float32).contiguous() if isinstance(length, Tensor) and length.ndim else length
+        for name, length in lengths.items()
+    }
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one, for Triton."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _is_aligned(tensors: Sequence[Tensor]) -> bool:

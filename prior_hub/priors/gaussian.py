@@ -120,6 +120,10 @@ class LowRankGaussian:
         self._factor: Tensor | None = None
         self._stepped: tuple[tuple[tuple[str, float], ...] | None, Tensor] | None = None  # (its step, (K, K) inverse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without views, each of which would be written with all it is a view of, and addresses."""
+        return self.__dict__ | {"_views": {}, "_parts": {}, "_chunks": None, "_tables": None, "_packed": None}
+
     # ---------------------------------------------------------------------------------------------- shape and views
 
     @property
@@ -281,6 +285,7 @@ class LowRankGaussian:
         for name, out in into.items():
             if name not in self.mean or out.shape != self.mean[name].shape:
                 raise PriorMatchError(f"cannot write the gradient of {name!r}: no such parameter, or another shape.")
+        _refuse_shared_memory(into)
         flat = {name: out.reshape(-1) for name, out in into.items()}  # a copy where `out` is not contiguous
         with torch.no_grad():
             value = self._evaluate(theta, flat, factor)
@@ -312,6 +317,7 @@ class LowRankGaussian:
             known = name in self.mean
             if not known or (isinstance(length, Tensor) and length.ndim and length.shape != self.mean[name].shape):
                 raise PriorMatchError(f"cannot step {name!r}: no such parameter, or the step has another shape.")
+        _refuse_shared_memory({name: theta[name] for name in step})
         device = self._device()
         # flat once: a tensor in channels_last would be copied for every block; and a step of 0 leaves a weight alone
         lengths = {n: c.reshape(-1) if isinstance(c, Tensor) and c.ndim else c for n, c in step.items()}
@@ -387,7 +393,7 @@ class LowRankGaussian:
             out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,))
             return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
 
-        def factorise(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> None:
+        def factorised(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> Tensor:
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
                 self._add_gram(block, denominator(block, at, scratch, dtype), total, scratch)
 
@@ -395,7 +401,9 @@ class LowRankGaussian:
             gram = gram if self._sum is None else self._sum(gram)
             values, vectors = torch.linalg.eigh((0.5 * low_rank**2 * (gram + gram.T)).cpu())
             # I + a positive matrix: what rounding made of its small eigenvalues is no reason to give up
-            self._stepped = (key, ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(device))
+            inverse: Tensor = ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(device)
+            self._stepped = key, inverse
+            return inverse
 
         def project(block: Block, scratch: Scratch, total: Tensor) -> None:
             scaled = self._offset(block, flat[block.name], scratch, work).div_(denominator(block, step, scratch, work))
@@ -407,13 +415,11 @@ class LowRankGaussian:
         if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
             return torch.full_like(right, math.nan)
         tolerance = 1e-13 if work == torch.float64 else 1e-7
-        if self._stepped is None or self._stepped[0] != key:
-            factorise(nearby, work)
-        assert self._stepped is not None  # noqa: S101
-        solution, settled = _conjugate_gradients(through, right, self._stepped[1], tolerance)
+        before = self._stepped  # once: another thread may step too
+        inverse = before[1] if before is not None and before[0] == key else factorised(nearby, work)
+        solution, settled = _conjugate_gradients(through, right, inverse, tolerance)
         if not settled:  # C has moved far from the one that was factorised, or float32 was too coarse for it
-            factorise(step, accumulator)
-            solution, _ = _conjugate_gradients(through, right, self._stepped[1], tolerance)
+            solution, _ = _conjugate_gradients(through, right, factorised(step, accumulator), tolerance)
         return solution
 
     def _elementwise(self, theta: Mapping[str, Tensor]) -> torch.dtype:
@@ -857,15 +863,16 @@ class LowRankGaussian:
         """`sweep` over all blocks, with sums in the accumulator's type."""
         device = self._device()
         if self._chunks is None:
-            self._chunks = blocks_of([(name, mean.numel()) for name, mean in self.mean.items()], device)
+            chunks = blocks_of([(name, mean.numel()) for name, mean in self.mean.items()], device)
             flat: tuple[Tensor, ...] = ()
             last = None
-            for block in itertools.chain.from_iterable(self._chunks):
+            for block in itertools.chain.from_iterable(chunks):
                 if block.name != last:  # a tensor that is not contiguous is copied here, once
                     last, flat = block.name, (self.mean[block.name].reshape(-1), self.variance[block.name].reshape(-1))
                     if self.deviations:
                         flat += (self.deviations[block.name].reshape(self.rank, -1),)
                 self._views[block] = tuple(t[..., block.start : block.stop] for t in flat)
+            self._chunks = chunks  # last: another thread may be looking
         numbers = self.num_parameters * (self.rank + 3)
         return sweep(self._chunks, visit, shape, dtype=_accumulator(device), device=device, numbers=numbers)
 
@@ -1026,7 +1033,7 @@ class _Packed:
         value = self.gaussian._evaluate_in_full(values, targets, share, self.gaussian._device())
         for joined, parts in self.groups.items():
             if joined in targets:
-                pairs = zip(parts, targets[joined].split(self._sizes[joined]), strict=True)
+                pairs = zip(parts, targets[joined].split_with_sizes(self._sizes[joined]), strict=True)
                 _add_each_([(into[name], part) for name, part in pairs if name in into])
         return value
 
@@ -1051,7 +1058,7 @@ class _Packed:
                 steps[joined] = lengths[0]
         value = self.gaussian._step(values, steps, device)
         for joined, parts in self.groups.items():
-            for name, part in zip(parts, values[joined].split(self._sizes[joined]), strict=True):
+            for name, part in zip(parts, values[joined].split_with_sizes(self._sizes[joined]), strict=True):
                 if name in step:
                     theta[name].copy_(part.view(theta[name].shape))
         return value
@@ -1080,6 +1087,19 @@ class _PenaltyFunction(torch.autograd.Function):
         return (None, *((g * output.to(g.dtype)).to(dtype) for g, dtype in pairs))
 
 
+def _refuse_shared_memory(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `PriorMatchError` if two tensors to be written are the same: blocks are written by several threads at once."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type not in ("cpu", "cuda") or not (address := tensor.data_ptr()):  # empty, or no memory of its own
+            continue
+        if (first := seen.setdefault((tensor.device, address), name)) != name and tensor.numel():
+            raise PriorMatchError(
+                f"{first!r} and {name!r} are one tensor, and each would be written to under both names. A prior holds tied "
+                "weights once, under one name."
+            )
+
+
 def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
     """out += factor * values, rounded to the type of `out` once; `values` may be overwritten."""
     if out.dtype == values.dtype and out.device == values.device and not isinstance(factor, Tensor):
@@ -1090,7 +1110,8 @@ def _add_scaled_(out: Tensor, values: Tensor, factor: float | Tensor) -> None:
 
 def _add_each_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """out += values for each pair, all at once where types and devices agree."""
-    alike, others = [], []
+    alike: list[tuple[Tensor, Tensor]] = []
+    others: list[tuple[Tensor, Tensor]] = []
     for out, values in pairs:
         fits = out.dtype == values.dtype and out.device == values.device and out.device.type in ("cpu", "cuda")
         (alike if fits else others).append((out, values))

@@ -29,8 +29,8 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ from prior_hub.priors.config import (
     check_weight_file_name,
     parse_json,
 )
-from prior_hub.priors.tensor_files import Spec, not_finite, progress, spec_of, verify_file, write_file
+from prior_hub.priors.tensor_files import Spec, not_finite, progress, side_by_side, spec_of, verify_file, write_file
 
 _fcntl: ModuleType | None
 try:
@@ -503,17 +503,13 @@ def _verify(
 ) -> None:
     """Compare the files with their hashes, several at a time, and look for NaN and infinities in the `wanted` rows."""
     total = sum(path.stat().st_size for path in files.values())
-    workers = min(len(files), os.cpu_count() or 1, _MOST_FILES)
-    with progress(total, f"Verifying {current.name}") as advance, ThreadPoolExecutor(workers) as pool:
-        tasks = {
-            name: pool.submit(verify_file, path, None if wanted is None else wanted[name], advance=advance)
+    threads = min(len(files), os.cpu_count() or 1, _MOST_FILES)
+    with progress(total, f"Verifying {current.name}") as advance:
+        tasks = [
+            partial(verify_file, path, None if wanted is None else wanted[name], advance=advance)
             for name, path in files.items()
-        }
-        try:
-            results = {name: task.result() for name, task in tasks.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        ]
+        results = dict(zip(files, side_by_side(tasks, threads), strict=True))
     for name, digest in config.weight_files.items():
         found = results[name][0]
         if found != digest:

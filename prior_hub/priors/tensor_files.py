@@ -22,10 +22,10 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from torch import Tensor
 from prior_hub.distributed import process_index
 from prior_hub.errors import PriorFormatError, PriorNumericsError
 
-__all__ = ["Spec", "progress", "spec_of", "verify_file", "write_file"]
+__all__ = ["Spec", "progress", "side_by_side", "spec_of", "verify_file", "write_file"]
 
 BLOCK = 1 << 23  # bytes copied, hashed or read at a time
 _LANES = 1 << 16  # values whose exponents are looked at at a time: they stay in the cache
@@ -65,6 +65,7 @@ _CODES: dict[torch.dtype, str] = {  # in the order of the reference writer
 _ORDER = {dtype: place for place, dtype in enumerate(_CODES)}
 _EXPONENTS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 _WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_T = TypeVar("_T")
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -192,7 +193,7 @@ class _Blocks:
 
     def _buffer(self, size: int) -> Tensor:
         if not self._spare:
-            self._spare = [torch.empty(BLOCK, dtype=torch.uint8) for _ in range(2)]
+            self._spare = [torch.empty(BLOCK, dtype=torch.uint8, device="cpu") for _ in range(2)]
         self._spare.reverse()
         return self._spare[0][:size]
 
@@ -233,7 +234,8 @@ def verify_file(
     bad: dict[str, tuple[int, int]] = {}
     with path.open("rb", buffering=0) as file, _Digest() as digest:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
+            with contextlib.suppress(OSError):  # not every file system takes advice
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
         size = os.fstat(file.fileno()).st_size
         spare = [np.empty(min(BLOCK, size), np.uint8) for _ in range(2)]  # one is hashed while the other is filled
         for key, code, begin, stop in _regions(file, size, wanted, path):
@@ -267,6 +269,8 @@ def _regions(
             entries = sorted((*header[key]["data_offsets"], key) for key in wanted)
             for first, last, key in entries:
                 rows, shape = wanted[key], header[key]["shape"]
+                if not 0 <= first <= last or (last - first) % _WIDTHS.get(header[key]["dtype"], 1):
+                    raise ValueError(f"offsets of {key}")
                 if rows is not None:
                     last = first + (last - first) // shape[0] * rows
                 if start + first > end:
@@ -328,10 +332,11 @@ class _Digest:
 
     def update(self, block: _Bytes) -> None:
         self.wait()
-        if block.nbytes < _THREADED_FROM:
-            self._hash.update(block.data)
-        else:
-            self._pending = self._pool.submit(self._hash.update, block.data)
+        if block.nbytes >= _THREADED_FROM:
+            with contextlib.suppress(RuntimeError):  # there are no threads any more: the main one has ended
+                self._pending = self._pool.submit(self._hash.update, block.data)
+                return
+        self._hash.update(block.data)
 
     def hexdigest(self) -> str:
         self.wait()
@@ -343,7 +348,26 @@ class _Digest:
             self._pending = None
 
 
-# ------------------------------------------------------------------------------------------------------------ progress
+# ------------------------------------------------------------------------------------------------- threads and progress
+
+
+def side_by_side(tasks: Sequence[Callable[[], _T]], threads: int) -> list[_T]:
+    """The results of tasks, in their order; when one fails those that wait are not begun, and its error is raised.
+
+    Where threads cannot be started, or no longer (the main one has ended), the tasks are done here, and must not mind if one of
+    them is begun twice.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        begun: list[Future[_T]] = []
+        try:
+            with contextlib.suppress(RuntimeError):
+                begun.extend(pool.submit(task) for task in tasks)
+            for future in as_completed(begun):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in begun] + [task() for task in tasks[len(begun) :]]
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from prior_hub.errors import (
 )
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_name
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
+from prior_hub.priors.tensor_files import side_by_side
 from prior_hub.registry.card import read_card, render_card, update_card
 
 try:
@@ -148,9 +149,7 @@ def download_prior(
                 force_download=force_download or damaged,
             )
 
-    with ThreadPoolExecutor(max_workers=_DOWNLOADS) as pool:  # as many as the client's snapshot_download
-        for fetched in [pool.submit(fetch, name) for name in names]:
-            fetched.result()
+    side_by_side([partial(fetch, name) for name in names], _DOWNLOADS)  # as many as the client's snapshot_download
     return DownloadedPrior(config_path.parent, repo_id, str(commit))
 
 
