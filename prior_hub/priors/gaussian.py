@@ -1060,7 +1060,7 @@ class _Packed:
         for joined, parts in self.groups.items():
             for name, part in zip(parts, values[joined].split_with_sizes(self._sizes[joined]), strict=True):
                 if name in step:
-                    theta[name].copy_(part.view(theta[name].shape))
+                    theta[name][...] = part.view(theta[name].shape)
         return value
 
     def _joined(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
