@@ -46,7 +46,7 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## benchmarks, figures into benchmarks/RESULTS.md, 25 minutes on 2 slow cores (BENCH_ALL=1: with the long ones)
+bench: $(VENV)/.installed  ## benchmarks, figures into benchmarks/RESULTS.md, 35 minutes on 2 slow cores (BENCH_ALL=1: with the long ones)
 	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 clean:  ## remove what the targets above made
