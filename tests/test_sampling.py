@@ -581,7 +581,7 @@ def test_a_stiff_prior_holds_in_every_exploration_with_trainers_default_clipping
             seen[state.global_step] = float(trainer.prior_penalty.penalty())
 
     stiff = random_prior(tiny_vit(), variance=1e-6, shift=0.0)
-    settings = {"max_grad_norm": 1.0, "max_steps": 400, "logging_strategy": "no", "learning_rate": 10.0}
+    settings = {"max_grad_norm": 1.0, "max_steps": 400, "logging_strategy": "no", "learning_rate": 1.0}
     trainer = trainer_of(tmp_path, prior=stiff, callbacks=[Watch()], **settings)
     trainer.train()
     count = stiff.num_parameters
