@@ -85,7 +85,7 @@ def test_check_passes_a_good_prior_and_notes_what_is_missing(folder, tmp_path, c
 
 
 def test_check_of_a_huge_prior_bounds_its_precision_by_the_smallest_variance(folder, capsys, monkeypatch):
-    monkeypatch.setattr("prior_hub.cli._MOST_ITERATED", 10)
+    monkeypatch.setattr("prior_hub.cli.checking._MOST_ITERATED", 10)
     monkeypatch.setattr("prior_hub.LowRankGaussian.largest_precision", lambda self: pytest.fail("it iterates"))
     assert main(["check", str(folder)]) == 0
     assert "largest precision at most 200\n" in capsys.readouterr().out  # 1 / (1/2 * 1e-2)

@@ -378,7 +378,8 @@ def test_learn_can_push_what_it_learned(places, tmp_path, hub, capsys):
 def test_every_argument_of_the_command_is_one_of_the_function_and_has_its_default():
     import inspect
 
-    from prior_hub.cli import _LEARN_NAMES, _parser
+    from prior_hub.cli import _parser
+    from prior_hub.cli.make import _LEARN_NAMES
 
     known = inspect.signature(learn_prior).parameters
     assert {*_LEARN_NAMES, "base_model", "dataset"} == set(known)

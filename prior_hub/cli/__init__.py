@@ -1,0 +1,57 @@
+"""`prior-hub`: learn, look at, fetch, publish, check and import priors from the command line.
+
+Exit codes: 0 done; 1 the prior, the Hub or the disk said no (the message says what and what to do); 2 the command was not
+understood; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from prior_hub import __version__
+from prior_hub.cli import checking, importing, look, make, share
+from prior_hub.errors import PriorHubError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            return int(arguments.run(arguments))
+    except (PriorHubError, OSError, ValueError) as error:
+        if getattr(arguments, "json", False):
+            print(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
+        else:
+            print(f"prior-hub: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prior-hub: interrupted", file=sys.stderr)
+        return 130
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    print(f"prior-hub: {category.__name__}: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prior-hub",
+        description="Pre-trained priors: what a source task knows about a model's weights, as a penalty for fine-tuning. "
+        "Learn one, look at it, fetch it, publish it.",
+        epilog="first steps: `prior-hub demo` shows the whole idea on real data in a few minutes, without network or account. "
+        "In Python: PriorModel.from_pretrained('org/name') and PriorTrainer in place of Trainer.",
+    )
+    parser.add_argument("--version", action="version", version=f"prior-hub {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (make, look, share, checking, importing):
+        module.add_commands(commands)
+    return parser

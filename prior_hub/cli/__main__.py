@@ -1,0 +1,7 @@
+"""`python -m prior_hub.cli`."""
+
+import sys
+
+from prior_hub.cli import main
+
+sys.exit(main())
