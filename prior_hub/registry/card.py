@@ -488,7 +488,11 @@ def _pictures(pictures: Mapping[str, str]) -> str:
 
 
 def _computed(compute: Mapping[str, Any]) -> str:
-    rows = [(_COMPUTE_UNITS.get(key, key.replace("_", " ")), _plain(compute[key])) for key in (*_EMISSIONS, "hours") if key in compute]
+    rows = [
+        (_COMPUTE_UNITS.get(key, key.replace("_", " ")), _plain(compute[key]))
+        for key in (*_EMISSIONS, "hours")
+        if key in compute
+    ]
     return _markdown_table(rows) if rows else ""
 
 

@@ -13,12 +13,18 @@ from typing import Any
 from prior_hub.errors import PriorMetadataError
 from prior_hub.priors.config import PriorConfig, is_hub_name
 
-__all__ = ["check_complete", "completed", "missing_metadata", "refuse_tokens"]
+__all__ = ["check_complete", "completed", "missing_in", "missing_metadata", "refuse_tokens"]
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b")  # of the Hub; its own have 34 characters after the prefix
 
 
-def missing_metadata(*, license: str | None, base_model: str | None, dataset: Any, estimator: str | None) -> dict[str, str]:
+def missing_metadata(
+    *,
+    license: str | None,  # noqa: A002 - the Hub's word
+    base_model: str | None,
+    dataset: Any,
+    estimator: str | None,
+) -> dict[str, str]:
     """What is missing, by its name: what was found, and how it is given.
 
     Args:
@@ -63,7 +69,11 @@ def check_complete(missing: dict[str, str]) -> None:
 
 
 def completed(
-    config: PriorConfig, *, license: str | None = None, base_model: str | None = None, dataset: str | list[str] | None = None
+    config: PriorConfig,
+    *,
+    license: str | None = None,  # noqa: A002 - the Hub's word
+    base_model: str | None = None,
+    dataset: str | list[str] | None = None,
 ) -> PriorConfig:
     """The configuration with what is given in place of what it says; another base model takes the old one's commit away."""
     changes: dict[str, Any] = {}

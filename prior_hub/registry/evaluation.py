@@ -51,7 +51,9 @@ def eval_results(evaluation: Evaluation | None, *, dataset: str | None = None, t
         elif isinstance(entry, Mapping):
             results += _from_index(entry) if "results" in entry else _from_dictionary(entry, dataset, task)
         else:
-            raise PriorMetadataError(f"an evaluation result is a {type(entry).__name__}, expected a dictionary such as {_EXAMPLE}.")
+            raise PriorMetadataError(
+                f"an evaluation result is a {type(entry).__name__}, expected a dictionary such as {_EXAMPLE}."
+            )
     for result in results:
         result.metric_value = _value(result.metric_type, result.metric_value)
     return results
@@ -125,7 +127,18 @@ def evaluation_table(results: Sequence[EvalResult]) -> str:
         value = result.metric_value
         shown = f"{value:.6g}" if isinstance(value, float) else value
         source = f"[{result.source_name or result.source_url}]({result.source_url})" if result.source_url else ""
-        rows.append([plain(cell) for cell in (result.task_name or result.task_type, data, result.metric_name or result.metric_type, shown, source)])
+        rows.append(
+            [
+                plain(cell)
+                for cell in (
+                    result.task_name or result.task_type,
+                    data,
+                    result.metric_name or result.metric_type,
+                    shown,
+                    source,
+                )
+            ]
+        )
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
     return table(rows, ["task", "data set", "metric", "value", "source"][: len(rows[0])])
