@@ -89,16 +89,12 @@ def _change(config: PriorConfig, previous: PriorConfig | None) -> str:
     if previous is None:
         return "first version"
     changes = [
-        f"{name.replace('_', ' ')} {_short(before)} -> {_short(after)}"
-        for name in ("rank", "scale", "eps", "diagonal_weight", "low_rank_weight", "base_model", "license")
+        f"{name.replace('_', ' ')} {before:g} -> {after:g}"
+        for name in ("rank", "scale", "eps", "diagonal_weight", "low_rank_weight")
         if (before := getattr(previous, name)) != (after := getattr(config, name))
     ]
-    if previous.source != config.source:
-        changes.append("source task")
-    if previous.weight_files != config.weight_files and "rank" not in [change.split()[0] for change in changes]:
-        changes.append("new weights")
+    told = ("base_model", "license", "source", "estimator")
+    changes += [f"the {name.replace('_', ' ')}" for name in told if getattr(previous, name) != getattr(config, name)]
+    if previous.weight_files != config.weight_files and previous.rank == config.rank:
+        changes.insert(0, "new weights")
     return ", ".join(changes) or "the description"
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
