@@ -53,8 +53,8 @@ def add_commands(commands: Any) -> None:
         "publish a prior's folder on the Hub, card and pictures included, in one commit",
         "The folder is checked first; nothing is sent if it is not a whole prior, or if its licence, base model or source data "
         "set is not known: --license, --base-model and --dataset fill them in. --dry-run shows every file, what is new in the "
-        "card, and what stands against the push, and sends nothing. A card that is already in the repository keeps what a person "
-        "wrote in it, and its list of versions grows. Log in with `hf auth login`, or set HF_TOKEN.",
+        "card, and what stands against the push, and sends nothing. A card that is there already keeps what a person wrote in "
+        "it, and its list of versions grows. Log in with `hf auth login`, or set HF_TOKEN.",
         "examples:\n  prior-hub push ./my_prior me/my-prior --dry-run\n"
         "  prior-hub push ./my_prior me/my-prior --license apache-2.0 --base-model org/model --dataset org/data\n"
         "  prior-hub push ./my_prior org/name --tag v1.0 --message 'twice the snapshots' --collection 'My priors'\n"
