@@ -1,10 +1,11 @@
-"""Publishing: what is refused, what a dry run says, and what lands; the card's results, pictures and versions over many pushes."""
+"""Publishing: what is refused, what a dry run tells, what lands; a card's results, pictures and versions over many pushes."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import logging
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ def test_a_dry_run_changes_nothing_and_tells_exactly_what_the_push_then_does(hub
         after = tree(name)
         told = {file.path: file.status for file in plan.files}
         was = before.keys() - {".gitattributes"}
-        expected = {path: "new" for path in after.keys() - was - {".gitattributes"}}
-        expected |= {path: "deleted" for path in was - after.keys()}
+        expected = dict.fromkeys(after.keys() - was - {".gitattributes"}, "new")
+        expected |= dict.fromkeys(was - after.keys(), "deleted")
         expected |= {path: "unchanged" if before[path] == after[path] else "changed" for path in after.keys() & was}
         told_left_out = {path for path in expected if path.startswith("prior_pictures/")} - told.keys()
         assert told == {path: status for path, status in expected.items() if path not in told_left_out}
@@ -490,7 +491,7 @@ def test_pictures_are_of_the_same_commit_and_beside_the_card(tmp_path, subfolder
 @pytest.mark.hub
 def test_a_picture_that_is_not_there_or_has_no_name_of_one_is_refused_before_any_request(hub, tmp_path):
     hub.clear_log()
-    with pytest.raises(PriorNotFoundError, match="missing.png"):
+    with pytest.raises(PriorNotFoundError, match=r"missing\.png"):
         random_prior().push_to_hub("alice/x", pictures={tmp_path / "missing.png": "x"})
     for name in ("a b.png", "x.html", ".png", "a].png"):
         with pytest.raises(PriorMetadataError, match="no name for a picture"):
@@ -612,7 +613,8 @@ def test_a_token_is_never_published(hub, tmp_path, place):
 
 
 @pytest.mark.hub
-def test_no_token_is_in_a_result_a_plan_a_log_or_an_error_of_a_push(hub, tmp_path, caplog):
+def test_no_token_is_in_a_result_a_plan_a_log_or_an_error_of_a_push(hub, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     name = fresh_repo_id()
     random_prior().save_pretrained(tmp_path)
     caplog.set_level(logging.DEBUG)
@@ -640,7 +642,7 @@ def test_a_card_the_client_could_not_read_is_not_pushed_and_a_dry_run_says_so():
     commit(name, "sub/README.md", f"---\n{block}---\n\n# A model\n".encode())  # the Hub looks at the card at the top only
     plan = push_prior_to_hub(random_prior(), name, subfolder="sub", dry_run=True)
     assert "cannot read it" in plan.problems[0]
-    with pytest.raises(PriorFormatError, match="model card .* is not valid, nothing was pushed: .*model_index"):
+    with pytest.raises(PriorFormatError, match=r"model card .* is not valid, nothing was pushed: .*model_index"):
         random_prior().push_to_hub(name, subfolder="sub")
     assert len(alice.list_repo_commits(name)) == 2
 
