@@ -308,7 +308,7 @@ RESULT = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(results=st.lists(RESULT, min_size=1, max_size=4))
 def test_results_come_back_from_the_card_through_the_clients_own_parser(results):
     text = render_card(random_prior().config, repo_id="org/name", evaluation=results)
@@ -457,7 +457,7 @@ def test_a_card_edited_by_hand_keeps_the_edit_after_the_next_pushes(tmp_path):
 CELL = st.text(st.sampled_from("ab|\\-: <!>`#\n"), max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cells=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=4))
 def test_the_list_of_versions_is_read_back_as_it_was_written_whatever_people_write(cells):
     config, rows = random_prior().config, []
@@ -499,18 +499,32 @@ def test_a_picture_that_is_not_there_or_has_no_name_of_one_is_refused_before_any
     assert hub.requests() == []
 
 
-@pytest.mark.hub
-def test_the_command_draws_the_pictures_and_says_why_there_are_none(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    random_prior(buffers=False).save_pretrained(tmp_path)
+def pushed_pictures(folder: Path) -> list[bytes]:
+    """The pictures that the command puts into a card, each shown by it."""
+    random_prior(buffers=False).save_pretrained(folder)
     name = fresh_repo_id()
-    assert main(["push", str(tmp_path), name, "--json"]) == 0
-    pictures = {path for path in tree(name) if path.startswith("prior_pictures/")}
-    assert len(pictures) >= 2
-    assert all(f"]({path})" in card(name) for path in pictures)
-    before = tree(name)
-    assert main(["push", str(tmp_path), name, "--json"]) == 0
-    assert tree(name) == before, "the same prior makes the same pictures"
+    assert main(["push", str(folder), name, "--json"]) == 0
+    paths = [path for path in tree(name) if path.startswith("prior_pictures/")]
+    assert all(f"]({path})" in card(name) for path in paths)
+    return [Path(hf_hub_download(name, path)).read_bytes() for path in paths]
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_the_command_draws_the_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures = pushed_pictures(tmp_path)
+    assert len(pictures) == 3
+    assert all(content.startswith(PNG[:8]) for content in pictures)
+
+
+@pytest.mark.hub
+def test_the_command_pushes_the_pictures_that_are_drawn_and_says_why_there_are_none(tmp_path, capsys, monkeypatch):
+    def draw(prior: PriorModel, folder: Path) -> dict[str, str]:
+        return {path.name: text for path, text in picture(folder, "rank.png", PNG + bytes([prior.rank])).items()}
+
+    monkeypatch.setattr("prior_hub.plots.card_pictures", draw)
+    assert pushed_pictures(tmp_path) == [PNG + b"\3"]
     capsys.readouterr()
 
     def missing(*_: object) -> None:
