@@ -611,9 +611,11 @@ PLACES = ["message", "description", "config", "card", "of another"]
 @pytest.mark.parametrize("place", PLACES)
 def test_a_token_is_never_published(hub, tmp_path, place):
     token = ALICE if place != "of another" else SECRET
-    prior = (
-        random_prior(estimator={"name": "swag", "hub_token": token}) if place in ("config", "of another") else random_prior()
-    )
+    fields: dict[str, Any] = {
+        "config": {"head_parameters": ("a", "b", "c", "d", token)},  # the card shows the first four
+        "of another": {"estimator": {"name": "swag", "hub_token": token}},
+    }.get(place, {})
+    prior = random_prior(**fields)
     prior.save_pretrained(tmp_path)
     if place == "card":
         (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + f"\nlogin({token!r})\n")
