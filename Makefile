@@ -3,7 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# a process per core, at most 4, each with a Hub server of its own; WORKERS=0 runs tests one after another
+WORKERS ?= logical
+SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
 .PHONY: help demo test test-slow test-all test-xet test-lowest lint bench clean
 
@@ -39,7 +42,7 @@ test-xet: $(VENV)/.installed  ## the Hub tests against a full Hub server, over X
 	@touch $@
 
 test-lowest: .venv-lowest/.installed  ## quick tests with the lower bound of every dependency
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
+	.venv-lowest/bin/python -m pytest $(SPREAD) -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
