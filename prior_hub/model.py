@@ -146,6 +146,7 @@ class PriorModel:
         rank: int | None = None,
         scale: float | None = None,
         verify: bool = True,
+        check: Callable[[PriorConfig], object] | None = None,
     ) -> PriorModel:
         """Load a prior from a local folder or from the Hub; a folder of that name wins, as everywhere on the Hub.
 
@@ -160,6 +161,8 @@ class PriorModel:
             rank: read only this many deviations (the first ones, as `truncated`).
             scale: use this scale instead of the stored one.
             verify: compare every file with its sha256 and refuse NaN and infinities; reads each byte once.
+            check: called with the configuration before weights are downloaded or read; what it raises is raised. With
+                `functools.partial(match_config, model=model)` a prior that does not fit fails after some kilobytes.
 
         Raises:
             PriorNotFoundError: no such folder, repository, revision, or no prior in it.
@@ -173,6 +176,8 @@ class PriorModel:
         repo_id = commit = None
         if path.is_dir():
             folder = path / (subfolder or "").strip("/")
+            if check is not None:
+                check(read_config(folder))
             stored = read_prior(folder, rank=rank, verify=verify)
         else:
             if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -187,14 +192,14 @@ class PriorModel:
                 "local_files_only": local_files_only,
             }
             try:
-                downloaded = download_prior(name, force_download=force_download, **options)
+                downloaded = download_prior(name, force_download=force_download, check=check, **options)
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
             except PriorFormatError as damaged:
                 if local_files_only or force_download:
                     raise
                 # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
                 try:
-                    downloaded = download_prior(name, repair=True, **options)
+                    downloaded = download_prior(name, repair=True, check=check, **options)
                 except PriorConnectionError:
                     raise damaged from None
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
