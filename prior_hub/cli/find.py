@@ -33,10 +33,11 @@ def add_commands(commands: Any) -> None:
         "list",
         _list,
         "list the priors on the Hub, filtered",
-        "All filters given must hold; what a prior's card does not say does not pass a filter. Private priors are listed to those "
-        "who may see them (`hf auth login`, HF_TOKEN).",
+        "All filters given must hold; what a prior's card does not say does not pass a filter. Private priors are listed to "
+        "those who may see them (`hf auth login`, HF_TOKEN).",
         "examples:\n  prior-hub list --base-model microsoft/resnet-50 --min-rank 5\n"
-        "  prior-hub list --estimator swag --task 'image classification' --sort downloads\n  prior-hub list --author org --json",
+        "  prior-hub list --estimator swag --task 'image classification' --sort downloads\n"
+        "  prior-hub list --author org --json",
     )
     found.add_argument("--base-model", metavar="MODEL", help="Hub name of the model the prior is over")
     found.add_argument("--author", metavar="NAME", help="user or organisation")
@@ -69,9 +70,9 @@ def add_commands(commands: Any) -> None:
         "fits",
         _fits,
         "which published priors fit a model",
-        "The model is made from its configuration, without weights. Priors with the same names and shapes come first (one request "
-        "finds them, however many priors there are), then others over the same base model; where nothing fits exactly, or with "
-        "--all, the configurations of other priors are read too.",
+        "The model is made from its configuration, without weights. Priors with the same names and shapes come first (one "
+        "request finds them, however many priors there are), then others over the same base model; where nothing fits exactly, "
+        "or with --all, the configurations of other priors are read too.",
         "examples:\n  prior-hub fits resnet18\n  prior-hub fits torchvision:resnet50 --limit 3 --json\n"
         "  prior-hub fits ./my_model --all",
     )
