@@ -1,11 +1,11 @@
-"""Finding priors on the Hub: what is listed, which fit a model, how few requests that takes, and what strangers cannot break."""
+"""Finding priors on the Hub: what is listed, which fit a model, in how few requests, and what strangers cannot break."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -138,7 +138,7 @@ class Wrapped(nn.Module):
 def timm_wrapper(name: str) -> nn.Module:
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture=name, model_args={"pretrained": False}))
+    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture=name))
 
 
 def segmenter() -> nn.Module:
@@ -192,10 +192,10 @@ def test_priors_for_picks_the_right_prior_among_50_and_asks_for_no_weights(kind,
 
 
 @pytest.mark.hub
-def test_the_fits_of_a_model_take_one_request_and_the_configurations_of_those_that_fit(library, hub):
+def test_the_fits_of_a_model_take_one_request_and_the_configurations_of_those_that_fit(library, hub, tmp_path):
     model = tiny_resnet(hidden_sizes=[16])
     hub.clear_log()
-    first = library.mine(priors_for(model))
+    first = library.mine(priors_for(model, cache_dir=tmp_path))
     listings, configs = hub.requests("/api/models\\?"), hub.requests("prior_config.json")
     assert len(listings) == 1, "tiny models name no base model"
     assert len([c for c in configs if c["method"] == "GET" and c["status"] == 200]) == len(first) == 2
@@ -203,7 +203,7 @@ def test_the_fits_of_a_model_take_one_request_and_the_configurations_of_those_th
     for i in range(5):  # however many others there are
         publish(config_over(tiny_vit(hidden_size=24 + 8 * i)), fresh_repo_id("more"))
     hub.clear_log()
-    again = library.mine(priors_for(model))
+    again = library.mine(priors_for(model, cache_dir=tmp_path))
     assert [fit.to_dict() for fit in again] == [fit.to_dict() for fit in first]
     assert len(hub.requests()) == 1, "configurations are cached by commit"
 
@@ -245,7 +245,7 @@ def test_of_the_priors_over_one_architecture_that_does_not_fit_one_configuration
     mark = unique("one")
     for i in range(12):
         publish(config_over(tiny_vit(hidden_size=18), base_model=f"{mark}/base"), f"alice/{mark}-{i}")
-    model = tiny_bert()
+    model = tiny_bert(hidden_size=12)
     model.config._name_or_path = f"{mark}/base"
     hub.clear_log()
     assert priors_for(model, others=False, cache_dir=tmp_path) == []
@@ -254,11 +254,29 @@ def test_of_the_priors_over_one_architecture_that_does_not_fit_one_configuration
 
 @pytest.mark.hub
 def test_exact_fits_come_first_then_coverage_then_downloads(library, hub, monkeypatch):
-    found = library.mine(priors_for(tiny_vit(hidden_size=16), others=True, min_coverage=0.05))
-    assert [fit.exact for fit in found[:3]] == [True, True, False]
-    rest = [(bool(fit.match.remarks), -fit.coverage) for fit in found[2:]]
-    assert rest == sorted(rest)
-    assert len(priors_for(tiny_vit(hidden_size=16), limit=1)) == 1
+    model = tiny_vit(num_hidden_layers=2)
+    found = library.mine(priors_for(model, others=True))
+    assert [fit.exact for fit in found] == [True, True, False, False]
+    assert {fit.info.base_model for fit in found[2:]} == {f"{library.mark}/vit-8"}
+    assert len(priors_for(model, limit=1)) == 1
+    fits = search._Fitting(model, 0.5, 1, None, None)
+    names = "exact plain-more plain-less remark same-coverage-base same-coverage-downloads same-coverage"
+    made = {name: replace(found[2], info=PriorInfo(repo_id=f"a/{name}"), exact=False, coverage=0.5) for name in names.split()}
+    made["exact"] = replace(made["exact"], exact=True, coverage=0.1)
+    fits.bases = ["org/base"]
+    plain = replace(found[2].match, remarks=())
+    for name in set(made) - {"remark"}:
+        made[name] = replace(made[name], match=plain)
+    made["remark"] = replace(made["remark"], coverage=1.0)
+    made["plain-more"] = replace(made["plain-more"], coverage=0.9)
+    made["plain-less"] = replace(made["plain-less"], coverage=0.7)
+    made["same-coverage-base"] = replace(
+        made["same-coverage-base"], info=PriorInfo(repo_id="a/same-coverage-base", base_model="org/base")
+    )
+    many = PriorInfo(repo_id="a/same-coverage-downloads", downloads=3)
+    made["same-coverage-downloads"] = replace(made["same-coverage-downloads"], info=many)
+    ordered = [fit.repo_id.removeprefix("a/") for fit in sorted(made.values(), key=fits.order)]
+    assert ordered == [name for name in names.split() if name != "remark"] + ["remark"]
 
 
 @pytest.mark.hub
@@ -516,13 +534,14 @@ CARDS: dict[str, Any] = {
 
 
 @pytest.fixture
-def hostile(hub):
+def hostile(hub, monkeypatch):
     """Cards of bob's, in private repositories that nobody else's tests list; name -> repository."""
     mark, repos = unique("hostile"), {}
     config = config_over(tiny_vit(hidden_size=26))
     for name, keys in CARDS.items():
         data = {"library_name": "prior-hub", "tags": ["prior-hub"]} | keys
         repo = f"bob/{mark}-{name.replace(' ', '-')}"
+        monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None, raising=False)  # who is hostile does not ask
         bob.create_repo(repo, private=True)
         publish(config, repo, api=bob, card=f"---\n{yaml.safe_dump(data)}---\n\n# A card\n")
         repos[name] = repo
@@ -577,7 +596,7 @@ None_ = 0  # the listing ends at None, which JSON's null would be
 
 
 @pytest.mark.hub
-def test_a_configuration_that_is_none_does_not_break_the_search_for_fits(hub, tmp_path):
+def test_a_configuration_that_is_none_does_not_break_the_search_for_fits(hub, tmp_path, monkeypatch):
     mark = unique("broken")
     config = config_over(tiny_vit(hidden_size=30))
     fine = publish(config, f"alice/{mark}-fine")
@@ -587,8 +606,8 @@ def test_a_configuration_that_is_none_does_not_break_the_search_for_fits(hub, tm
     card = render_card(config).replace("# ", "# Not ")
     publish(liar, f"alice/{mark}-liar", card=card)
     hub.clear_log()
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(PriorWarning) as caught:
-        patch.setattr(search, "MAX_CONFIG_BYTES", 20_000)
+    monkeypatch.setattr(search, "MAX_CONFIG_BYTES", 20_000)
+    with pytest.warns(PriorWarning) as caught:
         fits = priors_for(tiny_vit(hidden_size=30), cache_dir=tmp_path)
     assert [fit.repo_id for fit in fits] == [fine]
     said = {
@@ -641,7 +660,7 @@ def test_prior_info_is_the_configuration_and_what_the_hub_knows_without_weights(
     info = prior_info(repo)
     (listed,) = list_priors(search=repo.split("/")[1])
     assert info == listed
-    assert info.config == PriorConfig.from_json((hub_text(repo, "prior_config.json")))
+    assert info.config == PriorConfig.from_json(hub_text(repo, "prior_config.json"))
     assert weight_requests(hub) == []
 
 
@@ -729,9 +748,9 @@ def test_a_prior_that_fits_is_downloaded_by_the_trainer_as_before(hub, tmp_path)
     repo = prior_over(model).push_to_hub(fresh_repo_id("right")).repo_id
     trainer = PriorTrainer(model=model, prior=repo, args=quiet_arguments(tmp_path), train_dataset=[{}])
     assert trainer.prior.repo_id == repo
-    with pytest.raises(PriorMatchError):  # a folder is checked first too
-        trainer.prior.save_pretrained(tmp_path / "prior")
-        (tmp_path / "prior" / "prior.safetensors").write_bytes(b"")
+    trainer.prior.save_pretrained(tmp_path / "prior")
+    (tmp_path / "prior" / "prior.safetensors").write_bytes(b"")
+    with pytest.raises(PriorMatchError):  # a folder's configuration is checked first too
         PriorTrainer(model=tiny_bert(), prior=tmp_path / "prior", args=quiet_arguments(tmp_path), train_dataset=[{}])
 
 

@@ -1,7 +1,8 @@
 """Which network a prior is over, told by names and shapes alone, and whether a model is one.
 
 fingerprint = first 16 hex digits of sha256(JSON of the sorted [name, shape] of the body), where the body is every parameter but
-those of the task's head, and the longest dotted prefix that all its names share is taken off.
+those of the task's head and of a `pooler`, which one class of a transformers model has and another of the same model has not,
+and the longest dotted prefix that all its names share is taken off.
 
 So `resnet.encoder.weight` in a classifier, `encoder.weight` in the bare model and `module.backbone.encoder.weight` in a model
 of one's own are the same, while one more layer or another width is another fingerprint. Equal fingerprints say that a prior's
@@ -36,10 +37,10 @@ from prior_hub.priors.matching import (
 __all__ = [
     "architecture_fingerprint",
     "base_model_names",
-    "body_values",
     "config_fingerprint",
     "match_config",
     "model_fingerprints",
+    "share_of_body",
     "stored_bytes",
 ]
 
@@ -57,6 +58,7 @@ def architecture_fingerprint(shapes: Mapping[str, Sequence[int]], head: Iterable
     """
     outside = set(head)
     body = {name: [int(n) for n in shape] for name, shape in shapes.items() if name not in outside}
+    body = {name: shape for name, shape in body.items() if "pooler" not in name.split(".")} or body
     if not body:
         return None
     start = len(_common_prefix(body))
@@ -90,10 +92,15 @@ def model_fingerprints(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def body_values(model: nn.Module) -> int:
-    """Number of values of the model's parameters beside its task's head."""
-    head = set(_head(model))
-    return sum(p.numel() for name, p in canonical_parameters(model).items() if name not in head)
+def share_of_body(match: Match, model: nn.Module) -> float:
+    """Share of the values of a model's body that are under a prior; of its LoRA adapter where the prior is over that."""
+    outside, adapted = set(_head(model)), bool(active_adapters(model))
+    parameters = {name: p.numel() for name, p in canonical_parameters(model).items() if name not in outside}
+    covered = [name for name in match.pairs.values() if name in parameters]
+    of_adapter = adapted and all(_ADAPTER.search(name) for name in covered)
+    body = {n: size for n, size in parameters.items() if not adapted or bool(_ADAPTER.search(n)) == of_adapter}
+    total = sum(body.values())
+    return sum(body.get(name, 0) for name in covered) / total if total else 0.0
 
 
 def _head(model: nn.Module) -> list[str]:

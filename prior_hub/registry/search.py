@@ -37,10 +37,10 @@ from prior_hub.errors import (
 )
 from prior_hub.priors.architecture import (
     base_model_names,
-    body_values,
     config_fingerprint,
     match_config,
     model_fingerprints,
+    share_of_body,
     stored_bytes,
 )
 from prior_hub.priors.config import CONFIG_NAME, MAX_CONFIG_BYTES, PriorConfig, is_hub_name
@@ -139,7 +139,7 @@ class PriorFit:
         info: the prior, its configuration included.
         match: which parameters of the model are under it, and the remarks of the match; print it.
         coverage: share of the model's values, its head aside, that are under the prior.
-        exact: whether prior and model have the same names and shapes, prefixes and head aside.
+        exact: whether prior and model have the same names and shapes; prefixes, head and pooler aside.
         why: in words.
     """
 
@@ -277,7 +277,8 @@ def prior_info(
 ) -> PriorInfo:
     """What is known of one prior: its configuration, and what the Hub says of the repository. No weights are downloaded.
 
-    Offline, or with `local_files_only`, the cached configuration answers alone, and downloads, likes and so on are not known.
+    Where the Hub cannot be asked (offline, `local_files_only`) a cached configuration answers alone, and downloads, likes and
+    so on are not known.
 
     Args:
         repo_id: "organisation/name".
@@ -293,31 +294,16 @@ def prior_info(
         PriorConnectionError: the Hub cannot be reached, and nothing is cached.
         PriorFormatError: the configuration is not one.
     """
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    config, commit = download_config(repo_id, revision=revision, subfolder=subfolder, **options)
     row: dict[str, Any] = {}
-    unreachable: PriorConnectionError | None = None
     if not local_files_only:
-        try:
-            with _explained(repo_id, revision, subfolder):
-                # not the card: what it says of the prior is in the configuration, and the client cannot read every card
-                asked: Any = ["author", "downloads", "gated", "lastModified", "likes", "private", "sha", "tags"]
-                answer = _api(token).model_info(repo_id, revision=revision, expand=asked)
-            row = {"sha": answer.sha, "tags": answer.tags, "lastModified": answer.last_modified}
-            row |= {key: getattr(answer, key, None) for key in ("downloads", "likes", "private", "gated")}
-        except PriorConnectionError as error:
-            unreachable = error
-    try:
-        config, commit = download_config(
-            repo_id,
-            revision=_text(row.get("sha")) or revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only or unreachable is not None,
-        )
-    except PriorConnectionError:
-        raise unreachable or PriorConnectionError(
-            f"{repo_id!r} is not in the local cache, and local_files_only was asked. Connect once, or check cache_dir."
-        ) from None
+        with contextlib.suppress(PriorConnectionError), _explained(repo_id, revision, subfolder):
+            # not the card: what it says of the prior is in the configuration, and the client cannot read every card
+            asked: Any = ["author", "downloads", "gated", "lastModified", "likes", "private", "sha", "tags"]
+            answer = _api(token).model_info(repo_id, revision=commit, expand=asked)
+            row = {key: getattr(answer, key, None) for key in ("downloads", "likes", "private", "gated", "tags")}
+            row["lastModified"] = answer.last_modified
     known = _info({"id": repo_id, **row}, (subfolder or "").strip("/") or None, {}, {})
     return _with_config(dataclasses.replace(known, commit_hash=commit), config)
 
@@ -538,7 +524,6 @@ class _Fitting:
         self.fingerprints = model_fingerprints(model)
         self.bases = base_model_names(model)[:_MOST_BASES]
         self.values = sum(p.numel() for p in model.parameters())
-        self.body = body_values(model)
         self.budget = max_configs
         self.fits: list[PriorFit] = []
         self.left = 0  # priors that were not read for want of budget
@@ -595,7 +580,7 @@ class _Fitting:
                 self._unfit.add(said)
             return
         exact = info.architecture in self.fingerprints
-        coverage = min(1.0, match.covered_values / self.body) if self.body else 0.0
+        coverage = share_of_body(match, self.model)
         reasons = ["same architecture (names and shapes)"] if exact else []
         if not exact:
             whole = len(match.pairs) + len(match.marginalised)
