@@ -75,19 +75,24 @@ def on_meta(make: Any, *arguments: Any, **options: Any) -> nn.Module:
         return make(*arguments, **options)
 
 
-TIMM = ["resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d", "vit_tiny_patch16_224"]
-TIMM += ["vit_small_patch16_224", "convnext_atto", "convnext_nano", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
+TIMM = ["resnet18", "resnet34", "resnet50", "wide_resnet50_2", "vit_tiny_patch16_224", "convnext_atto", "convnext_nano"]
+TIMM += ["efficientnet_b0"]
 TINY = {
     "resnet-8": lambda: tiny_resnet(),
     "resnet-16": lambda: tiny_resnet(hidden_sizes=[16]),
+    "resnet-12": lambda: tiny_resnet(hidden_sizes=[12]),
     "resnet-deep": lambda: tiny_resnet(depths=[2]),
     "vit-8": lambda: tiny_vit(),
     "vit-16": lambda: tiny_vit(hidden_size=16),
+    "vit-12": lambda: tiny_vit(hidden_size=12),
+    "vit-wide": lambda: tiny_vit(intermediate_size=16),
     "vit-deep": lambda: tiny_vit(num_hidden_layers=2),
     "bert-8": lambda: tiny_bert(),
     "bert-16": lambda: tiny_bert(hidden_size=16),
+    "bert-wide": lambda: tiny_bert(intermediate_size=16),
     "bert-deep": lambda: tiny_bert(num_hidden_layers=3),
     "llama-8": lambda: tiny_llama(),
+    "llama-16": lambda: tiny_llama(hidden_size=16),
     "llama-deep": lambda: tiny_llama(num_hidden_layers=3),
     "llama-wide": lambda: tiny_llama(intermediate_size=20),
 }
@@ -160,7 +165,6 @@ MODELS = {
     "timm": ("resnet50", lambda: on_meta(timm.create_model, "resnet50", num_classes=7)),
     "timm, with weights": ("convnext_atto", lambda: timm.create_model("convnext_atto", num_classes=3)),
     "timm features": ("resnet18", lambda: on_meta(timm.create_model, "resnet18", features_only=True)),
-    "timm features of flattened stages": ("convnext_nano", None),
     "timm in transformers": ("resnet34", lambda: on_meta(timm_wrapper, "resnet34")),
     "transformers": ("bert-deep", lambda: tiny_bert(num_hidden_layers=3, classes=9)),
     "transformers without head": ("vit-16", lambda: tiny_vit(hidden_size=16).vit),
@@ -171,11 +175,11 @@ MODELS = {
     "LoRA": ("bert-16", lambda: with_lora(tiny_bert(hidden_size=16), "query")),
     "one's own": ("efficientnet_b0", lambda: Wrapped(on_meta(timm.create_model, "efficientnet_b0", num_classes=0))),
 }
-del MODELS["timm features of flattened stages"]  # its norm and head layers are not there: see the test of partial fits
+KINDS = [pytest.param(kind, marks=pytest.mark.slow) if kind == "compiled" else kind for kind in MODELS]
 
 
 @pytest.mark.hub
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_priors_for_picks_the_right_prior_among_50_and_asks_for_no_weights(kind, library, hub):
     name, make = MODELS[kind]
     model = make()
@@ -318,7 +322,7 @@ SHAPES = st.dictionaries(NAMES, st.lists(st.integers(0, 4), max_size=3), min_siz
 PREFIX = st.lists(st.sampled_from(["timm_model", "a", "backbone", "0"]), max_size=3).map(lambda p: "".join(f"{x}." for x in p))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shapes=SHAPES, prefix=PREFIX, seed=st.randoms(use_true_random=False), head=SHAPES)
 def test_a_fingerprint_does_not_see_prefix_order_or_head(shapes, prefix, seed, head):
     found = architecture_fingerprint(shapes)
@@ -329,7 +333,7 @@ def test_a_fingerprint_does_not_see_prefix_order_or_head(shapes, prefix, seed, h
     assert architecture_fingerprint(shapes | other, other) == found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shapes=SHAPES, pick=st.integers(0, 5), more=st.sampled_from(["x", "bias"]))
 def test_a_fingerprint_sees_every_shape_and_every_name(shapes, pick, more):
     found = architecture_fingerprint(shapes)
@@ -354,13 +358,6 @@ def test_a_fingerprint_is_the_documented_hash():
         == (hashlib.sha256(b'[["0.bias",[]],["0.weight",[2,3]],["1",[1]]]').hexdigest()[:16])
     )
     assert architecture_fingerprint({"fc.weight": (9,)}, ["fc.weight"]) is None
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_wrapped_model_has_the_fingerprint_of_the_prior_over_what_is_inside(kind):
-    name, make = MODELS[kind]
-    source = on_meta(timm.create_model, name) if name in TIMM else TINY[name]()
-    assert config_fingerprint(config_over(source)) in model_fingerprints(make())
 
 
 def test_a_prior_over_an_adapter_has_a_fingerprint_of_its_own():

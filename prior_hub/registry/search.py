@@ -660,7 +660,8 @@ def _text(value: Any) -> str | None:
     """A text on one line, without what a terminal would act on; None for anything else, and for what is no text of a card."""
     if not isinstance(value, str) or len(value) > _LONGEST:
         return None
-    return " ".join("".join(c if c.isprintable() else " " for c in value).split()) or None
+    seen = value if value.isprintable() else "".join(c if c.isprintable() else " " for c in value)
+    return " ".join(seen.split()) or None
 
 
 def _texts(value: Any) -> list[str]:
