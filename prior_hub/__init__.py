@@ -39,6 +39,8 @@ _LAZY = {
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
     "PriorConfig": "prior_hub.priors.config",
+    "PriorFit": "prior_hub.registry.search",
+    "PriorInfo": "prior_hub.registry.search",
     "PriorModel": "prior_hub.model",
     "PriorPenalty": "prior_hub.finetuning.penalty",
     "PriorTrainer": "prior_hub.finetuning.trainer",
@@ -63,11 +65,15 @@ _LAZY = {
     "find_scale": "prior_hub.finetuning.scale",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "learn_prior": "prior_hub.learning.recipes",
+    "list_priors": "prior_hub.registry.search",
     "list_samples": "prior_hub.inference.samples",
     "match_parameters": "prior_hub.priors.matching",
+    "prior_info": "prior_hub.registry.search",
+    "priors_for": "prior_hub.registry.search",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
     "scale_ladder": "prior_hub.finetuning.scale",
+    "search_priors": "prior_hub.registry.search",
     "segmentation_metrics": "prior_hub.inference.metrics",
     "select_scale": "prior_hub.finetuning.scale",
     "write_sample": "prior_hub.inference.samples",
@@ -92,8 +98,10 @@ __all__ = [
     "PriorArgumentsMixin",
     "PriorConfig",
     "PriorConnectionError",
+    "PriorFit",
     "PriorFormatError",
     "PriorHubError",
+    "PriorInfo",
     "PriorMatchError",
     "PriorModel",
     "PriorNotFoundError",
@@ -121,11 +129,15 @@ __all__ = [
     "find_scale",
     "isotropic_prior",
     "learn_prior",
+    "list_priors",
     "list_samples",
     "match_parameters",
+    "prior_info",
+    "priors_for",
     "push_prior_to_hub",
     "recompute_batch_norm",
     "scale_ladder",
+    "search_priors",
     "segmentation_metrics",
     "select_scale",
     "write_sample",
@@ -159,6 +171,7 @@ if TYPE_CHECKING:
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
+    from prior_hub.registry.search import PriorFit, PriorInfo, list_priors, prior_info, priors_for, search_priors
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hub_fixtures import fresh_repo_id
 from huggingface_hub import HfApi
+from models import tiny_vit
 
 from prior_hub import PriorModel, __version__
 from prior_hub.cli import main
@@ -29,7 +30,7 @@ def folder(tmp_path):
     return tmp_path / "prior"
 
 
-COMMANDS = ["demo", "learn", "info", "pull", "push", "check", "compress"]
+COMMANDS = ["demo", "learn", "list", "search", "fits", "info", "pull", "push", "check", "compress"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -172,6 +173,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
         prior.push_to_hub(name, tag="v1.0")
     monkeypatch.chdir(tmp_path)
     prior.save_pretrained("my_prior")
+    tiny_vit().config.save_pretrained("my_model")
     with pytest.raises(SystemExit):
         main(["--help"])
     (first_step,) = re.findall(r"`prior-hub ([^`]+)`", capsys.readouterr().out)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prior_hub import __version__
-from prior_hub.cli import checking, importing, look, make, share
+from prior_hub.cli import checking, find, importing, look, make, share
 from prior_hub.errors import PriorHubError
 
 __all__ = ["main"]
@@ -52,6 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"prior-hub {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (make, look, share, checking, importing):
+    for module in (make, find, look, share, checking, importing):
         module.add_commands(commands)
     return parser

@@ -9,6 +9,7 @@ Nothing is allocated: the models are made on torch's "meta" device.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from prior_hub.errors import PriorNotFoundError
 
-__all__ = ["reference_model"]
+__all__ = ["model_by_name", "reference_model"]
 
 _EXPECTED = "expected torchvision:NAME, timm:NAME or transformers:ORG/NAME, such as torchvision:resnet50"
 
@@ -40,6 +41,32 @@ def reference_model(name: str) -> nn.Module:
             return makers[library](model)
     except ImportError as error:
         raise PriorNotFoundError(f"reference {name!r}: {error}. Install it: pip install 'prior-hub[vision]'.") from error
+
+
+def model_by_name(name: str) -> nn.Module:
+    """The model a person means by a name, on the meta device: its configuration is read, its weights are not.
+
+    Args:
+        name: Hub name or local folder of a transformers or timm model ("microsoft/resnet-50", "timm/resnet18.a1_in1k"), a name
+            of timm ("resnet18"), or a name as `reference_model` has them.
+
+    Raises:
+        PriorNotFoundError: there is no such model.
+    """
+    if name.split(":")[0] in ("torchvision", "timm", "transformers") and not Path(name).exists():
+        return reference_model(name)
+    folder = Path(name).expanduser()
+    if "/" not in name and not folder.is_dir() and _known_to_timm(name):
+        return reference_model(f"timm:{name}")
+    return reference_model(f"transformers:{folder if folder.is_dir() else name}")
+
+
+def _known_to_timm(name: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return bool(timm.is_model(name))
 
 
 def _torchvision(name: str) -> nn.Module:

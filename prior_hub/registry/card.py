@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from prior_hub.errors import PriorFormatError
+from prior_hub.priors.architecture import config_fingerprint, stored_bytes
 from prior_hub.priors.config import PriorConfig, is_hub_name
 
-__all__ = ["card_metadata", "read_card", "render_card", "update_card"]
+__all__ = ["architecture_tag", "card_metadata", "prior_facts", "read_card", "render_card", "update_card"]
 
 BEGIN = "<!-- prior_hub: rendered from prior_config.json; text outside these comments is kept -->"
 END = "<!-- prior_hub: end -->"
+METADATA_KEY = "prior_hub"
 PLACEHOLDER = "path/to/this/prior"
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n((?:.*?\n)?)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
@@ -45,8 +47,35 @@ def card_metadata(config: PriorConfig) -> dict[str, Any]:
     if valid:
         data["datasets"] = _once(valid)
     estimator = str(config.estimator.get("name") or "").lower()
-    data["tags"] = _once([*_TAGS, *([estimator] if re.fullmatch(r"[a-z0-9-]+", estimator) else [])])
-    return data
+    facts = prior_facts(config)
+    found = [estimator if re.fullmatch(r"[a-z0-9-]+", estimator) else "", architecture_tag(facts.get("architecture")) or ""]
+    data["tags"] = _once([*_TAGS, *filter(None, found)])
+    return data | {METADATA_KEY: facts}
+
+
+def prior_facts(config: PriorConfig) -> dict[str, Any]:
+    """What the metadata say under `prior_hub:`, so that one listing answers with it and no configuration need be read.
+
+    format, rank, estimator, objective, num_parameters, stored_bytes, scale, architecture (the fingerprint); what is not known
+    is left out.
+    """
+    facts = {
+        "format": config.format_version,
+        "rank": config.rank,
+        "estimator": config.estimator.get("name"),
+        "objective": config.source.get("objective"),
+        "num_parameters": config.num_parameters,
+        "stored_bytes": stored_bytes(config),
+        "scale": config.scale,
+        "architecture": config_fingerprint(config),
+    }
+    texts = ("estimator", "objective", "architecture")
+    return {key: value for key, value in facts.items() if key not in texts or (isinstance(value, str) and value)}
+
+
+def architecture_tag(fingerprint: str | None) -> str | None:
+    """The tag that finds the priors over one architecture."""
+    return f"prior-arch-{fingerprint}" if fingerprint else None
 
 
 def render_card(
@@ -102,7 +131,7 @@ def update_card(
     """Put a rendered card into an existing one, keeping what a person wrote.
 
     A card whose `library_name` is prior-hub, or that has no text yet, gets the prior's metadata. Any other is the card of
-    something else, such as the model the prior lies beside: to its metadata only the prior's tags are added.
+    something else, such as the model the prior lies beside: to its metadata only the prior's tags and `prior_hub:` are added.
 
     Args:
         existing: the card that is there, or None.
@@ -123,7 +152,7 @@ def update_card(
     old_data, old_body = split_card(existing)
     outdated = card_metadata(previous) if previous is not None else {}
     ours = old_data.get("library_name") == _LIBRARY_NAME or not old_body.strip()
-    merged = dict(old_data)
+    merged = old_data | {key: value for key, value in new_data.items() if key == METADATA_KEY}
     if ours:
         left = {key for key, value in outdated.items() if key not in new_data and old_data.get(key) == value}
         merged = {key: value for key, value in old_data.items() if key not in left} | new_data
