@@ -128,6 +128,9 @@ class PriorConfig:
             if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
                 raise PriorFormatError(f"weight_files gives {file!r} the hash {_short(digest)}, expected 64 hex digits.")
         _check_weight_files(self.weight_files)
+        most = (3 if self.rank else 2) * len(self.parameters) + len(self.buffers)
+        if len(self.weight_files) > max(1, most):
+            raise PriorFormatError(f"weight_files names {len(self.weight_files)} files for {most} tensors.")
 
     @property
     def num_parameters(self) -> int:

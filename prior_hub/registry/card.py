@@ -30,8 +30,8 @@ _LOAD_LINE = re.compile(r"^prior = PriorModel\.from_pretrained\(.*\)$", re.MULTI
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LIBRARY_NAME = "prior-hub"
 _MOST_CARD = 8 * 2**20  # bytes
-_MOST_METADATA = 2**20  # characters
-_MOST_VALUES = 100_000
+_MOST_METADATA = 2**18  # characters
+_MOST_VALUES = 20_000  # the longest tables of results there are on the Hub have half of it
 _SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAGS = ("prior-hub", "prior", "bayesian", "transfer-learning")
 
@@ -211,9 +211,11 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     match = _METADATA.match(text)
     if match is None:
         return {}, text
-    if len(match[1]) > _MOST_METADATA:
+    values = sum(map(match[1].count, "\n,[{-"))  # before it is parsed, which takes a millisecond for 20 of them
+    if len(match[1]) > _MOST_METADATA or values > 2 * _MOST_VALUES:
         raise PriorFormatError(
-            f"the metadata of the model card (README.md) has {len(match[1])} characters, more than the {_MOST_METADATA} it may."
+            f"the metadata of the model card (README.md) has {len(match[1])} characters and some {values} values, more than the "
+            f"{_MOST_METADATA} and {2 * _MOST_VALUES} it may."
         )
     try:
         data = yaml.load(match[1], Loader=_SAFE_LOADER)  # noqa: S506 (safe_load's, in C where that is there)
@@ -236,7 +238,7 @@ def _refuse_expansion(data: Any) -> None:
 
     def size(value: Any) -> int:
         if not isinstance(value, (dict, list, tuple, set)):
-            return 1
+            return _MOST_VALUES + 1 if isinstance(value, int) and value.bit_length() > 1000 else 1
         if id(value) not in sizes:
             sizes[id(value)] = _MOST_VALUES + 1  # should it contain itself
             inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
