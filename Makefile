@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,10 @@ test-xet: $(VENV)/.installed  ## the Hub tests against a full Hub server, over X
 
 test-lowest: .venv-lowest/.installed  ## quick tests with the lower bound of every dependency
 	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
+
+FUZZ ?= --minutes 10
+fuzz: $(VENV)/.installed  ## fuzz the readers and the matcher for 10 minutes (FUZZ="--minutes 60 --target reader --corpus FOLDER")
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Priors that somebody made to do harm, or that went wrong: name -> a function that turns a good folder into one.
 
-`REFUSED` must be refused by everybody who reads them; `IGNORED` holds what must not matter, with the reason. "single" has one weight
-file, "sharded" several. A change to the weights is signed: their sha256 in the configuration is put right, as an attacker would.
+`REFUSED` must be refused by everybody who reads them; `IGNORED` holds what must not matter, with the reason. "single" has one
+weight file, "sharded" several. A change to the weights is signed: their sha256 in the configuration is put right, as an attacker
+would.
 """
 
 from __future__ import annotations
@@ -277,7 +278,9 @@ def _many_tensors(found: dict[str, Any]) -> bytes:
 def _huge_sparse(folder: Path) -> None:
     """A configuration that declares 10 TB and a file of holes that has them."""
     values = 10 * TB // 8
-    edit_config(folder, parameters={"a": [values]}, num_parameters=values, rank=0, head_parameters=[], tied_parameters={}, buffers=[])
+    edit_config(
+        folder, parameters={"a": [values]}, num_parameters=values, rank=0, head_parameters=[], tied_parameters={}, buffers=[]
+    )
     entries = {
         f"{kind}.a": {"dtype": "F32", "shape": [values], "data_offsets": [i * 4 * values, (i + 1) * 4 * values]}
         for i, kind in enumerate(("mean", "variance"))
@@ -355,9 +358,7 @@ REFUSED: dict[str, Case] = {
     # the configuration: size, and what a few bytes make of the memory
     "config: 64 MB of empty lists": _config_case(in_source(LISTS), "memory"),
     "config: 64 MB of empty objects": _config_case(in_source(LISTS.replace(b"[]", b"{}")), "memory"),
-    "config: 48 MB of one key again and again": _config_case(
-        in_source(b"{" + b'"":0,' * (10 * 2**20) + b'"":0}'), "memory"
-    ),
+    "config: 48 MB of one key again and again": _config_case(in_source(b"{" + b'"":0,' * (10 * 2**20) + b'"":0}'), "memory"),
     "config: 48 MB of numbers": _config_case(in_source(b"[" + b"1.5," * (12 * 2**20) + b"1]"), "memory"),
     "config: 48 MB of short texts": _config_case(in_source(b"[" + b'"a",' * (12 * 2**20) + b"1]"), "memory"),
     "config: 60 MB in one text": _config_case(in_source(b'"' + b"a" * (60 * 2**20) + b'"'), "memory"),
@@ -367,8 +368,17 @@ REFUSED: dict[str, Case] = {
     "config: 100 MB of blanks": _config_case(text(lambda old: old + b" " * (100 * 2**20)), "bytes, more than"),
     "config: sparse, 10 TB": _config_case(sparse(CONFIG, 10 * TB), "bytes, more than"),
     "config: lists 100,000 deep": _config_case(in_source(b"[" * 100_000 + b"]" * 100_000), "nested more than 100 deep"),
-    "config: objects 20,000 deep": _config_case(in_source(b'{"a":' * 20_000 + b"1" + b"}" * 20_000), "nested more than 100 deep"),
+    "config: objects 20,000 deep": _config_case(
+        in_source(b'{"a":' * 20_000 + b"1" + b"}" * 20_000), "nested more than 100 deep"
+    ),
     "config: 10 million openings and no closing": _config_case(in_source(b"[" * 10_000_000), "memory"),
+    "config: 3 MB of empty lists, which may just be read, and no rank": _config_case(
+        lambda f: (
+            in_source(b"[" + b"[]," * 870_000 + b"1]")(f),
+            text(lambda old: old.replace(b'"rank": 3', b'"rank": -3'))(f),
+        ),
+        "rank is -3",
+    ),
     # the configuration: text
     "config: empty": _config_case(text(lambda _: b""), "not valid JSON"),
     "config: zeros": _config_case(text(lambda old: bytes(len(old))), "not valid JSON"),
@@ -377,12 +387,18 @@ REFUSED: dict[str, Case] = {
     "config: a byte order mark": _config_case(text(lambda old: b"\xef\xbb\xbf" + old), "not valid JSON"),
     "config: UTF-16": _config_case(text(lambda old: old.decode().encode("utf-16")), "not valid JSON"),
     "config: two documents": _config_case(text(lambda old: old + old), "not valid JSON"),
-    "config: a key twice": _config_case(text(lambda old: old.replace(b'"rank"', b'"rank": 0, "rank"', 1)), "rank more than once"),
+    "config: a key twice": _config_case(
+        text(lambda old: old.replace(b'"rank"', b'"rank": 0, "rank"', 1)), "rank more than once"
+    ),
     "config: a parameter twice": _config_case(
         text(lambda old: old.replace(b'"layer.bias": [', b'"layer.bias": [4], "layer.bias": [', 1)), "more than once"
     ),
     "config: a weight file twice": _config_case(
-        text(lambda old: old.replace(b'"prior.safetensors":', b'"prior.safetensors": "' + b"0" * 64 + b'", "prior.safetensors":', 1)),
+        text(
+            lambda old: old.replace(
+                b'"prior.safetensors":', b'"prior.safetensors": "' + b"0" * 64 + b'", "prior.safetensors":', 1
+            )
+        ),
         "more than once",
     ),
     "config: a list": _config_case(text(lambda _: b"[1]"), "no prior configuration"),
@@ -392,7 +408,9 @@ REFUSED: dict[str, Case] = {
     "config: scale is 1e400": _config_case(text(lambda old: old.replace(b'"scale": 0.3', b'"scale": 1e400')), "1e400"),
     "config: scale is an integer beyond floats": _config_case(config(scale=10**400), "scale is"),
     "config: scale x weight is infinite": _config_case(config(scale=1e308, diagonal_weight=1e10), "beyond the largest number"),
-    "config: scale x low rank is infinite": _config_case(config(scale=1e308, low_rank_weight=1e10), "beyond the largest number"),
+    "config: scale x low rank is infinite": _config_case(
+        config(scale=1e308, low_rank_weight=1e10), "beyond the largest number"
+    ),
     "config: scale is 0": _config_case(config(scale=0), "scale is 0"),
     "config: eps is negative": _config_case(config(eps=-1e-9), "eps is"),
     "config: rank is true": _config_case(config(rank=True), "rank is True"),
@@ -418,7 +436,9 @@ REFUSED: dict[str, Case] = {
     "config: version in other digits": _config_case(config(format_version="\uff11.\uff10"), "format_version is"),
     "config: version 01.0": _config_case(config(format_version="01.0"), "format_version is"),
     "config: version is a number": _config_case(config(format_version=1.0), "format_version is"),
-    "config: version is missing": _config_case(text(lambda old: old.replace(b'"format_version"', b'"version"')), "format_version"),
+    "config: version is missing": _config_case(
+        text(lambda old: old.replace(b'"format_version"', b'"version"')), "format_version"
+    ),
     "config: another family": _config_case(config(family="pickle"), "family is"),
     "config: a type the format has not": _config_case(
         config(dtype={"mean": "int8", "variance": "float32", "deviations": "float32"}), "dtype of mean"
@@ -430,9 +450,13 @@ REFUSED: dict[str, Case] = {
         text(lambda old: old.replace(b'"temperature"', b'"' + b"t" * 5000 + b'"')), "parameters has the name"
     ),
     "config: an empty name": _config_case(text(lambda old: old.replace(b'"temperature"', b'""')), "parameters has the name"),
-    "config: a parameter tied to another": _config_case(config(tied_parameters={"layer.bias": "layer.weight"}), "is a parameter itself"),
+    "config: a parameter tied to another": _config_case(
+        config(tied_parameters={"layer.bias": "layer.weight"}), "is a parameter itself"
+    ),
     "config: tied to nothing": _config_case(config(tied_parameters={"x": "y"}), "tied_parameters maps"),
-    "config: weights in the folder above": _config_case(weights_named("../prior.safetensors"), "is no name for a prior's weights"),
+    "config: weights in the folder above": _config_case(
+        weights_named("../prior.safetensors"), "is no name for a prior's weights"
+    ),
     "config: weights at an absolute path": _config_case(weights_named("/etc/passwd"), "is no name for a prior's weights"),
     "config: weights by backslashes": _config_case(weights_named("..\\prior.safetensors"), "is no name for a prior's weights"),
     "config: weights with NUL": _config_case(weights_named("prior.safetensors\0.txt"), "is no name for a prior's weights"),
@@ -446,7 +470,9 @@ REFUSED: dict[str, Case] = {
     "config: weights in other digits": _config_case(
         weights_named("prior-0000\uff11-of-0000\uff11.safetensors"), "is no name for a prior's weights"
     ),
-    "config: weights are a pickle by name": _config_case(weights_named("pytorch_model.bin"), "is no name for a prior's weights"),
+    "config: weights are a pickle by name": _config_case(
+        weights_named("pytorch_model.bin"), "is no name for a prior's weights"
+    ),
     "config: a hash that is none": _config_case(config(weight_files={WEIGHTS: "0" * 63}), "expected 64 hex digits"),
     "config: no weights": Case(config(weight_files={}), words=("lists no weight files",)),
     "config: files 1 to N with a gap": Case(_gap, words=("and so on up to N",), form="sharded", config=True),
@@ -487,7 +513,8 @@ REFUSED: dict[str, Case] = {
     "header: a byte order mark": Case(header(lambda h: b"\xef\xbb\xbf" + json.dumps(h).encode()), words=("not a valid",)),
     "header: zeros behind it": Case(header(lambda h: json.dumps(h).encode() + bytes(8)), words=("not a valid safetensors",)),
     "header: 20,000 deep": Case(
-        header(lambda h: json.dumps(h).encode()[:-1] + b',"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}"), words=("signs of structure",)
+        header(lambda h: json.dumps(h).encode()[:-1] + b',"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}"),
+        words=("signs of structure",),
     ),
     "header: 500 deep": Case(
         header(lambda h: json.dumps(h).encode()[:-1] + b',"a":' + b"[" * 500 + b"]" * 500 + b"}"), words=("not a valid",)
@@ -504,10 +531,16 @@ REFUSED: dict[str, Case] = {
     "header: a hole": Case(
         raw(join({"mean.a": F32, "variance.a": F32 | {"data_offsets": [32, 48]}}, bytes(48))), words=("begins at byte",)
     ),
-    "header: a hole at the beginning": Case(raw(join({"mean.a": F32 | {"data_offsets": [16, 32]}}, bytes(32))), words=("begins",)),
+    "header: a hole at the beginning": Case(
+        raw(join({"mean.a": F32 | {"data_offsets": [16, 32]}}, bytes(32))), words=("begins",)
+    ),
     "header: offsets beyond the file": Case(raw(join({"mean.a": F32}, bytes(8))), words=("tensors of 16 bytes",)),
-    "header: negative offsets": Case(raw(join({"mean.a": F32 | {"data_offsets": [-16, 0]}}, bytes(16))), words=("the entry of",)),
-    "header: offsets backwards": Case(raw(join({"mean.a": F32 | {"data_offsets": [16, 0]}}, bytes(16))), words=("the entry of",)),
+    "header: negative offsets": Case(
+        raw(join({"mean.a": F32 | {"data_offsets": [-16, 0]}}, bytes(16))), words=("the entry of",)
+    ),
+    "header: offsets backwards": Case(
+        raw(join({"mean.a": F32 | {"data_offsets": [16, 0]}}, bytes(16))), words=("the entry of",)
+    ),
     "header: offsets are floats": Case(
         header(edit("mean.layer.bias", "data_offsets", to=[0.0, 16.0])), words=("the entry of 'mean.layer.bias'",)
     ),
@@ -516,8 +549,12 @@ REFUSED: dict[str, Case] = {
     ),
     "header: three offsets": Case(header(edit("mean.layer.bias", "data_offsets", to=[0, 16, 16])), words=("the entry of",)),
     "header: offsets of 10**30": Case(header(edit("mean.layer.bias", "data_offsets", to=[0, 10**30])), words=("the entry of",)),
-    "header: a shape that overflows": Case(header(edit("mean.layer.bias", "shape", to=[2**62, 2**62])), words=("the entry of",)),
-    "header: a shape that wraps to its size": Case(header(edit("mean.layer.bias", "shape", to=[2**62 + 1, 4])), words=("entry of",)),
+    "header: a shape that overflows": Case(
+        header(edit("mean.layer.bias", "shape", to=[2**62, 2**62])), words=("the entry of",)
+    ),
+    "header: a shape that wraps to its size": Case(
+        header(edit("mean.layer.bias", "shape", to=[2**62 + 1, 4])), words=("entry of",)
+    ),
     "header: a shape of true": Case(header(edit("mean.temperature", "shape", to=[True])), words=("the entry of",)),
     "header: 100 axes": Case(header(edit("mean.layer.bias", "shape", to=[4] + [1] * 100)), words=("the entry of",)),
     "header: a type that nobody has": Case(header(edit("mean.layer.bias", "dtype", to="F32X")), words=("the entry of",)),
@@ -528,7 +565,9 @@ REFUSED: dict[str, Case] = {
     # the weights
     "weights: empty": Case(raw(b""), words=("not a valid safetensors",)),
     "weights: cut": Case(made(lambda f: (f / WEIGHTS).read_bytes()[:-1]), words=("not a valid safetensors",)),
-    "weights: more than the tensors": Case(made(lambda f: (f / WEIGHTS).read_bytes() + b"x"), words=("not a valid safetensors",)),
+    "weights: more than the tensors": Case(
+        made(lambda f: (f / WEIGHTS).read_bytes() + b"x"), words=("not a valid safetensors",)
+    ),
     "weights: sparse to 10 TB": Case(sparse(WEIGHTS, 10 * TB), words=("sparse file",)),
     "weights: 10 TB declared, and sparse": Case(_huge_sparse, words=("sparse file",)),
     "weights: half of a gigabyte too long": Case(sparse(WEIGHTS, 2**29), words=("not a valid safetensors",)),
@@ -579,13 +618,18 @@ REFUSED: dict[str, Case] = {
     "index: a file without a hash": Case(
         index(edit("weight_map", "mean.layer.bias", to=WEIGHTS)), words=("whose hash",), form="sharded"
     ),
-    "index: a list for a file": Case(index(edit("weight_map", "mean.layer.bias", to=[1])), words=("is no name for",), form="sharded"),
+    "index: a list for a file": Case(
+        index(edit("weight_map", "mean.layer.bias", to=[1])), words=("is no name for",), form="sharded"
+    ),
     "index: a key too many": Case(
-        index(edit("weight_map", "mean.more", to="prior-00001-of-00009.safetensors")), words=("prior.safetensors.index.json",),
+        index(edit("weight_map", "mean.more", to="prior-00001-of-00009.safetensors")),
+        words=("prior.safetensors.index.json",),
         form="sharded",
     ),
     "index: 300,000 keys": Case(
-        index(lambda i: i["weight_map"].update({f"mean.{n}": WEIGHTS for n in range(300_000)})), words=("can need",), form="sharded"
+        index(lambda i: i["weight_map"].update({f"mean.{n}": WEIGHTS for n in range(300_000)})),
+        words=("can need",),
+        form="sharded",
     ),
     # values, which only verification looks at
     "values: another hash": _value_case(_flip, "is not the file this prior was saved with", kind="PriorFormatError"),
@@ -606,9 +650,12 @@ REFUSED: dict[str, Case] = {
     "values: a scale of 1e-320": _value_case(config(scale=1e-320, eps=0), "can hold"),
     "values: a scale of 1e300": _value_case(config(scale=1e300), "hold"),
     "values: a variance that overflows": _value_case(
-        lambda f: (values("variance.layer.bias", lambda v: v.__setitem__(0, 3e38))(f), edit_config(f, scale=100)), "more than float32"
+        lambda f: (values("variance.layer.bias", lambda v: v.__setitem__(0, 3e38))(f), edit_config(f, scale=100)),
+        "more than float32",
     ),
-    "values: infinity in the deviations": _value_case(values("deviations.layer.bias", lambda v: v.__setitem__(0, np.inf)), "1 of 12"),
+    "values: infinity in the deviations": _value_case(
+        values("deviations.layer.bias", lambda v: v.__setitem__(0, np.inf)), "1 of 12"
+    ),
     "values: deviations whose squares overflow": _value_case(
         values("deviations.layer.bias", lambda v: v.__setitem__(0, 1e25)), "more than float32"
     ),

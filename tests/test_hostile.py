@@ -1,11 +1,12 @@
 """Hostile priors are refused: in time, in little memory, with an error that says what was found, and nothing is ever run.
 
-The table is in hostile_priors.py. All of it is read in one process of its own (worker_hostile.py), in the memory of which the highest
-mark is reset before each.
+The table is in hostile_priors.py. All of it is read in one process of its own (worker_hostile.py), whose highest mark of memory is
+reset before each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ def good(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def outcomes(good, tmp_path_factory) -> dict[tuple[str, str], dict[str, Any]]:
     """(name, way to read) -> what came of it, for every prior of the table and the good ones."""
-    root = tmp_path_factory.mktemp("hostile")
+    root, worker = tmp_path_factory.mktemp("hostile"), Path(__file__).with_name("worker_hostile.py")
     folders = {str(path): f"good {form}" for form, path in good.items()}
     for number, (name, case) in enumerate(REFUSED.items()):
         folder = root / f"{number:03d}"
@@ -51,7 +52,7 @@ def outcomes(good, tmp_path_factory) -> dict[tuple[str, str], dict[str, Any]]:
     (root / "list.json").write_text(json.dumps(list(folders)))
     try:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("worker_hostile.py")), str(root / "list.json"), str(root / "results")],
+            [sys.executable, str(worker), str(root / "list.json"), str(root / "results")],
             env=os.environ | {"PYTHONPATH": str(Path(prior_hub.__file__).parents[1])},
             capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
@@ -105,7 +106,11 @@ def test_what_must_not_matter_does_not(good, tmp_path, name):
     else:
         found = PriorModel.from_pretrained(folder)
     expected = random_prior()
-    found = PriorModel(found.gaussian, found.config.replace(format_version="1.0", head_parameters=expected.config.head_parameters), found.buffers)
+    found = PriorModel(
+        found.gaussian,
+        found.config.replace(format_version="1.0", head_parameters=expected.config.head_parameters),
+        found.buffers,
+    )
     assert_same(found, expected)
     assert not (folder / "exploded").exists()
 
@@ -170,9 +175,8 @@ def test_no_more_memory_is_taken_than_was_estimated_before_parsing(text):
 
     tracemalloc.start()
     try:
-        parse_json(text, where="x")
-    except PriorFormatError as error:
-        assert "more than once" in str(error)
+        with contextlib.suppress(PriorFormatError):  # a key more than once
+            parse_json(text, where="x")
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -182,7 +186,9 @@ def test_no_more_memory_is_taken_than_was_estimated_before_parsing(text):
 def test_a_model_of_100_000_parameters_is_far_from_the_bounds():
     count = 5000  # everything grows with the number
     names = [f"model.decoder.layers.{i // 100}.block_sparse_moe.experts.{i % 100}.down_proj.weight" for i in range(count)]
-    config = PriorConfig(parameters=dict.fromkeys(names, (4096, 14336 // 4096)), rank=20, diagonal_weight=0.5, low_rank_weight=0.1)
+    config = PriorConfig(
+        parameters=dict.fromkeys(names, (4096, 14336 // 4096)), rank=20, diagonal_weight=0.5, low_rank_weight=0.1
+    )
     text = config.to_json()  # which reads it again
     assert parsed_bytes(text.encode()) < 0.8 * _MAX_PARSED_BYTES * count / 100_000
     limits = storage._limits(config)
@@ -195,9 +201,11 @@ def test_a_model_of_100_000_parameters_is_far_from_the_bounds():
     assert max(len(header), len(text)) < 0.9 * min(MAX_CONFIG_BYTES, 100_000_000) * count / 100_000  # safetensors' own bound
 
 
-@pytest.mark.parametrize("names", [["ü/\\ \"q\"{[,:"], ["\x01\x02\x1f"], ["日本語" * 20, "\U0001f600" * 100], ["{" * 1000, "," * 1000]])
+@pytest.mark.parametrize(
+    "names", [['ü/\\ "q"{[,:'], ["\x01\x02\x1f"], ["日本語" * 20, "\U0001f600" * 100], ["{" * 1000, "," * 1000]]
+)
 def test_odd_names_need_no_more_than_is_allowed_however_they_are_written(names, tmp_path):
-    prior = random_prior(shapes={name: (2, 1, 1, 1, 3) for name in names})
+    prior = random_prior(shapes=dict.fromkeys(names, (2, 1, 1, 1, 3)))
     prior.save_pretrained(tmp_path, max_shard_size=40)
     for path in tmp_path.glob("*.safetensors"):
         header, data = parts(path)

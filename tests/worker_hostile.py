@@ -1,7 +1,7 @@
 """Reads hostile priors in a process of its own: python worker_hostile.py LIST RESULTS.
 
-LIST is a JSON list of folders. For each, and each way to read it, a line of JSON goes to RESULTS: the error, its text, the seconds,
-and how much memory was taken beyond what the process had before, at its highest.
+LIST is a JSON list of folders. For each, and each way to read it, a line of JSON goes to RESULTS: the error, its text, the
+seconds, and how much memory was taken beyond what the process had before, at its highest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def attempt(read: Callable[[], object]) -> dict[str, Any]:
         read()
     except SystemExit as error:
         _, kind, message = str(error).split(" ", 2)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 (whatever it is, it is reported)
         kind, message = type(error).__name__, str(error)
     signal.alarm(0)
     seconds = time.process_time() - start  # of work: the machine may be busy with other things
@@ -64,7 +64,7 @@ def hangs(*_: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGALRM, hangs)
     warnings.simplefilter("ignore")
-    with open(sys.argv[2], "w", buffering=1) as results:
+    with Path(sys.argv[2]).open("w", buffering=1) as results:
         for folder in json.loads(Path(sys.argv[1]).read_text()):
             ways: dict[str, Callable[[], object]] = {
                 "verified": partial(PriorModel.from_pretrained, folder),

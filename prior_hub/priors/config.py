@@ -229,8 +229,8 @@ def parse_json(text: str | bytes, *, where: str, bounded: bool = True) -> Any:
         raise PriorFormatError(f"{where} has {len(text)} bytes, more than the {MAX_CONFIG_BYTES} a prior's may have.")
     if bounded and (needed := parsed_bytes(text)) > _MAX_PARSED_BYTES:
         raise PriorFormatError(
-            f"{where} would take up to {needed // 2**20} MB of memory to read ({len(text)} bytes, {text.count(_OPEN[type(text)])} "
-            f"lists), more than the {_MAX_PARSED_BYTES // 2**20} MB a prior's may: no honest one is so full of small things."
+            f"{where} would take up to {needed // 2**20} MB of memory to read ({len(text)} bytes, "
+            f"{text.count(_OPEN[type(text)])} lists), more than the {_MAX_PARSED_BYTES // 2**20} MB a prior's may: no honest one is so full of small things."
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -287,8 +287,8 @@ def _check_weight_files(files: Mapping[str, str]) -> None:
     wanted = [(f"{i:05d}", f"{len(files):05d}") for i in range(1, len(files) + 1)]
     if numbers and sorted(numbers, key=str) != wanted and numbers != [(None, None)]:
         raise PriorFormatError(
-            f"weight_files names {_listed(sorted(files))}, expected prior.safetensors alone or prior-00001-of-0000N.safetensors "
-            "and so on up to N."
+            f"weight_files names {_listed(sorted(files))}, expected prior.safetensors alone, or "
+            "prior-00001-of-0000N.safetensors and so on up to N."
         )
     if len(set(files.values())) < len(files):
         counts = Counter(files.values())

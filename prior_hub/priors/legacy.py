@@ -995,21 +995,23 @@ def _refuse_bombs(path: Path) -> None:
             where = tail.rfind(b"PK\x06\x06")
             directory = struct.unpack_from("<Q", tail, where + 40)[0] if where >= 0 else 0
     if directory > _MOST_DIRECTORY:
-        raise PriorFormatError(f"{path.name} lists files in {directory} bytes, more than the {_MOST_DIRECTORY} tensors can need.")
+        raise PriorFormatError(
+            f"{path.name} lists files in {directory} bytes, more than the {_MOST_DIRECTORY} tensors can need."
+        )
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         held = sum(record.file_size for record in records)
         if held > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise PriorFormatError(
-                f"{path.name} is a compressed archive ({held} bytes in a file of {size}): torch.save compresses nothing. Unpack it "
-                "if it holds the files, or fetch the original."
+                f"{path.name} is a compressed archive ({held} bytes in a file of {size}): torch.save compresses nothing. Unpack "
+                "it if it holds the files, or fetch the original."
             )
         for record in records:
             if record.filename.endswith(".pkl"):
                 if record.file_size > 2**20 + 1024 * len(records):
                     raise PriorFormatError(
-                        f"{path.name} has {record.file_size} bytes of instructions for {len(records)} records: tensors need no more "
-                        f"than {2**20 + 1024 * len(records)}."
+                        f"{path.name} has {record.file_size} bytes of instructions for {len(records)} records: tensors need no "
+                        f"more than {2**20 + 1024 * len(records)}."
                     )
                 _count_steps(archive.read(record), path)
     return None
@@ -1045,8 +1047,8 @@ def _as_large_as_stored(value: Any, path: Path) -> Any:
             or item.numel() * item.element_size() > item.untyped_storage().nbytes()
         ):
             raise PriorFormatError(
-                f"{path.name} has a tensor of shape {list(item.shape)[:8]} that is not stored as so many numbers: expected dense "
-                "tensors. Save it again with .contiguous()."
+                f"{path.name} has a tensor of shape {list(item.shape)[:8]} that is not stored as so many numbers: expected "
+                "dense tensors. Save it again with .contiguous()."
             )
         if isinstance(item, (Mapping, list, tuple)) and seen <= _MOST_STEPS:
             stack += item.values() if isinstance(item, Mapping) else item

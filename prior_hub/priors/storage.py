@@ -542,9 +542,10 @@ def _limits(config: PriorConfig) -> Limits:
 
 def _about_as_declared(config: PriorConfig, files: Mapping[str, Path]) -> bool:
     """Whether hashing the files is no more work than reading the prior that the configuration declares."""
-    widths = {kind: getattr(torch, config.dtype[kind]).itemsize for kind in _KINDS}
+    widths: dict[str, int] = {kind: getattr(torch, config.dtype[kind]).itemsize for kind in _KINDS}
     per_value = widths["mean"] + widths["variance"] + config.rank * widths["deviations"]
-    return sum(path.stat().st_size for path in files.values()) <= 2 * config.num_parameters * per_value + 2**26
+    held: int = sum(path.stat().st_size for path in files.values())
+    return held <= 2 * config.num_parameters * per_value + 2**26
 
 
 def _check_running_variances(buffers: Mapping[str, Tensor], where: Path) -> None:
@@ -560,8 +561,8 @@ def _refuse_overflow(config: PriorConfig, exponents: Mapping[str, int], where: P
     for key, exponent in exponents.items():
         if key.startswith("deviations.") and weight and exponent >= 0 and weight >= math.ldexp(_LARGEST, -2 * exponent):
             raise PriorNumericsError(
-                f"{key} in {where} has entries of 2^{exponent} and more: squared, times the scale {config.scale:g} and the weight "
-                f"{config.low_rank_weight:g} of {config.rank} deviations, they are more than float32 can hold."
+                f"{key} in {where} has entries of 2^{exponent} and more: squared, times the scale {config.scale:g} and the "
+                f"weight {config.low_rank_weight:g} of {config.rank} deviations, they are more than float32 can hold."
             )
 
 

@@ -236,7 +236,7 @@ class Entry(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The most a header (or an index) may have, by the names it must hold: bytes, and signs of structure ({, [, comma, colon)."""
+    """The most a header or an index may have, by the names it must hold: bytes, and signs of structure ({ [ , :)."""
 
     size: int
     signs: int
@@ -246,8 +246,8 @@ class Limits(NamedTuple):
         signs = sum(text.count(sign) for sign in (b"{", b"[", b",", b":"))
         if len(text) > self.size or signs > self.signs:
             raise PriorFormatError(
-                f"{where} has {len(text)} bytes and {signs} signs of structure, more than the {self.size} and {self.signs} that "
-                "the names and shapes of the configuration can need."
+                f"{where} has {len(text)} bytes and {signs} signs of structure, more than the {self.size} and {self.signs} "
+                "that the names and shapes of the configuration can need."
             )
 
 
@@ -298,9 +298,8 @@ def read_header(path: Path, limits: Limits) -> tuple[dict[str, Entry], int]:
         if not 2 <= length <= size - 8:
             raise damaged(f"a header of {length} bytes in a file of {size}")
         if length > limits.size:
-            raise damaged(
-                f"a header of {length} bytes, more than the {limits.size} that the names and shapes of the configuration can need"
-            )
+            most = f"the {limits.size} that the names and shapes of the configuration can need"
+            raise damaged(f"a header of {length} bytes, more than {most}")
         text = file.read(length) or b""
     if len(text) < length or not text.startswith(b"{"):
         raise damaged("the header does not begin with '{'" if len(text) == length else "the header is cut")
@@ -443,7 +442,7 @@ def _fill(file: io.FileIO, block: _Bytes, path: Path) -> None:
 
 
 def _not_finite(data: _Bytes, code: str) -> tuple[int, int]:
-    """How many of the values are NaN or infinite (the bits of their exponents are all ones), and the highest exponent's bits."""
+    """How many of the values are NaN or infinite (their exponents' bits are all ones), and the highest exponent's bits."""
     width = _WIDTHS[code]
     values = data.view(np.dtype(f"<u{width}"))
     mask = values.dtype.type(_EXPONENTS[code])

@@ -214,13 +214,20 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     values = sum(map(match[1].count, "\n,[{-"))  # before it is parsed, which takes a millisecond for 20 of them
     if len(match[1]) > _MOST_METADATA or values > 2 * _MOST_VALUES:
         raise PriorFormatError(
-            f"the metadata of the model card (README.md) has {len(match[1])} characters and some {values} values, more than the "
-            f"{_MOST_METADATA} and {2 * _MOST_VALUES} it may."
+            f"the metadata of the model card (README.md) has {len(match[1])} characters and some {values} values, more than "
+            f"the {_MOST_METADATA} and {2 * _MOST_VALUES} it may."
         )
     try:
         data = yaml.load(match[1], Loader=_SAFE_LOADER)  # noqa: S506 (safe_load's, in C where that is there)
         _refuse_expansion(data)
-    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, RecursionError) as error:  # a date like 2020-99-99
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a date like 2020-99-99
         if isinstance(error, PriorFormatError):
             raise
         said = "nested too deep" if isinstance(error, RecursionError) else error
@@ -247,8 +254,8 @@ def _refuse_expansion(data: Any) -> None:
 
     if size(data) > _MOST_VALUES:
         raise PriorFormatError(
-            f"the metadata of the model card (README.md) stands for more than {_MOST_VALUES} values once its aliases (*name) are "
-            "followed: write them without aliases."
+            f"the metadata of the model card (README.md) stands for more than {_MOST_VALUES} values once its aliases (*name) "
+            "are followed: write them without aliases."
         )
 
 

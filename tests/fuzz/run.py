@@ -1,7 +1,7 @@
 """Fuzz prior_hub for a while: python tests/fuzz/run.py --minutes 10 [--target reader] [--corpus FOLDER].
 
-Inputs are mutated from good ones and, as long as they are accepted or refused with words not seen before, kept to mutate further. What
-is found is written to the corpus folder as finding-*; exit code 1 then.
+Inputs are mutated from good ones, and some of them kept to be mutated further. What is found is written to the corpus folder as
+finding-*; exit code 1 then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fuzz(target: str, seconds: float, seed: int, corpus: Path | None, targets: T
         kept += [path.read_bytes() for path in sorted((corpus / target).glob("input-*"))]
     seen: set[str] = set()
     findings: dict[str, bytes] = {}
-    start, before = time.monotonic(), targets.executions
+    start, before, accepted_before = time.monotonic(), targets.executions, targets.accepted
     slowest = 0.0
     while time.monotonic() - start < seconds:
         base = rng.choice(seeds if rng.random() < 0.5 else kept)
@@ -60,7 +60,8 @@ def fuzz(target: str, seconds: float, seed: int, corpus: Path | None, targets: T
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     crashes = sum(key.startswith("crash") for key in findings)
     print(
-        f"{target}: {executions:,} executions in {time.monotonic() - start:.0f} s, {crashes} crashes, "
+        f"{target}: {executions:,} executions ({targets.accepted - accepted_before:,} accepted) in {time.monotonic() - start:.0f} s, "
+        f"{crashes} crashes, "
         f"{len(findings) - crashes} accepted lies, slowest {slowest:.2f} s, peak {peak} MB",
         flush=True,
     )
