@@ -1,8 +1,8 @@
 """Priors that somebody made to do harm, or that went wrong: name -> a function that turns a good folder into one.
 
 `REFUSED` must be refused by everybody who reads them; `IGNORED` holds what must not matter, with the reason. "single" has one
-weight file, "sharded" several. A change to the weights is signed: their sha256 in the configuration is put right, as an attacker
-would.
+weight file, "sharded" several. A change to the weights is signed: their sha256 in the configuration is put right, as an
+attacker would.
 """
 
 from __future__ import annotations

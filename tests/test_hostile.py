@@ -1,7 +1,7 @@
 """Hostile priors are refused: in time, in little memory, with an error that says what was found, and nothing is ever run.
 
-The table is in hostile_priors.py. All of it is read in one process of its own (worker_hostile.py), whose highest mark of memory is
-reset before each.
+The table is in hostile_priors.py. All of it is read in one process of its own (worker_hostile.py), whose highest mark of memory
+is reset before each.
 """
 
 from __future__ import annotations

@@ -230,7 +230,8 @@ def parse_json(text: str | bytes, *, where: str, bounded: bool = True) -> Any:
     if bounded and (needed := parsed_bytes(text)) > _MAX_PARSED_BYTES:
         raise PriorFormatError(
             f"{where} would take up to {needed // 2**20} MB of memory to read ({len(text)} bytes, "
-            f"{text.count(_OPEN[type(text)])} lists), more than the {_MAX_PARSED_BYTES // 2**20} MB a prior's may: no honest one is so full of small things."
+            f"{text.count(_OPEN[type(text)])} lists), more than the {_MAX_PARSED_BYTES // 2**20} MB a prior's may: no honest "
+            "one is so full of small things."
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

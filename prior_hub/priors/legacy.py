@@ -1003,8 +1003,8 @@ def _refuse_bombs(path: Path) -> None:
         held = sum(record.file_size for record in records)
         if held > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise PriorFormatError(
-                f"{path.name} is a compressed archive ({held} bytes in a file of {size}): torch.save compresses nothing. Unpack "
-                "it if it holds the files, or fetch the original."
+                f"{path.name} is a compressed archive ({held} bytes in a file of {size}): torch.save compresses nothing. "
+                "Unpack it if it holds the files, or fetch the original."
             )
         for record in records:
             if record.filename.endswith(".pkl"):

@@ -218,7 +218,11 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
             f"the {_MOST_METADATA} and {2 * _MOST_VALUES} it may."
         )
     try:
-        data = yaml.load(match[1], Loader=_SAFE_LOADER)  # noqa: S506 (safe_load's, in C where that is there)
+        loader = _SAFE_LOADER(match[1])  # safe_load's, in C where that is there
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
         _refuse_expansion(data)
     except (
         yaml.YAMLError,

@@ -59,9 +59,9 @@ def fuzz(target: str, seconds: float, seed: int, corpus: Path | None, targets: T
     executions = targets.executions - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     crashes = sum(key.startswith("crash") for key in findings)
+    accepted = targets.accepted - accepted_before
     print(
-        f"{target}: {executions:,} executions ({targets.accepted - accepted_before:,} accepted) in {time.monotonic() - start:.0f} s, "
-        f"{crashes} crashes, "
+        f"{target}: {executions:,} executions ({accepted:,} accepted) in {time.monotonic() - start:.0f} s, {crashes} crashes, "
         f"{len(findings) - crashes} accepted lies, slowest {slowest:.2f} s, peak {peak} MB",
         flush=True,
     )

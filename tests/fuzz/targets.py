@@ -8,8 +8,8 @@
     legacy    bytes of somebody's .pt file
 
 A crash is any error but a `PriorHubError`. An accepted lie is a prior that loads, but whose tensors are not those that a reader
-of our own (numpy alone, below) and the safetensors library find in the file, or whose configuration is not what its JSON says, or
-says twice.
+of our own (numpy alone, below) and the safetensors library find in the file, or whose configuration is not what its JSON says,
+or says twice.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ class Targets:
         again, _ = split_card(merged)
         if again.get("library_name") not in ("prior-hub", metadata.get("library_name")):
             raise Finding("accepted lie: the metadata of the card are lost")
-        if "prior_hub:" not in text:
-            for line in body.replace("\r\n", "\n").split("\n"):
+        if "prior_hub:" not in text:  # with its own comments in it, what is between them is rendered anew
+            for line in body.removeprefix("\ufeff").replace("\r\n", "\n").split("\n"):
                 if line.strip() and line.strip() not in merged.replace("\r\n", "\n"):
                     raise Finding(f"accepted lie: a person's line is lost: {line[:80]!r}")
 
