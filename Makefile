@@ -8,7 +8,7 @@ WORKERS ?= logical
 SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ test-xet: $(VENV)/.installed  ## the Hub tests against a full Hub server, over X
 
 test-lowest: .venv-lowest/.installed  ## quick tests with the lower bound of every dependency
 	.venv-lowest/bin/python -m pytest $(SPREAD) -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
+
+FUZZ ?= --minutes 10
+fuzz: $(VENV)/.installed  ## fuzz the readers and the matcher for 10 minutes (FUZZ="--minutes 60 --target reader --corpus FOLDER")
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

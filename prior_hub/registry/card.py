@@ -18,6 +18,7 @@ import yaml
 from prior_hub.errors import PriorFormatError
 from prior_hub.priors.architecture import config_fingerprint, stored_bytes
 from prior_hub.priors.config import PriorConfig, is_hub_name
+from prior_hub.priors.tensor_files import open_regular
 
 __all__ = ["architecture_tag", "card_metadata", "prior_facts", "read_card", "render_card", "update_card"]
 
@@ -30,6 +31,10 @@ _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escap
 _LOAD_LINE = re.compile(r"^prior = PriorModel\.from_pretrained\(.*\)$", re.MULTILINE)
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LIBRARY_NAME = "prior-hub"
+_MOST_CARD = 8 * 2**20  # bytes
+_MOST_METADATA = 2**18  # characters
+_MOST_VALUES = 20_000  # the longest tables of results there are on the Hub have half of it
+_SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAGS = ("prior-hub", "prior", "bayesian", "transfer-learning")
 
 
@@ -214,10 +219,14 @@ def read_card(path: Path) -> str:
     """The text of a card, its line ends as they are.
 
     Raises:
-        PriorFormatError: it is not UTF-8.
+        PriorFormatError: it is not UTF-8, no regular file, or larger than a card is.
     """
+    with open_regular(path) as file:
+        data = file.read(_MOST_CARD + 1) or b""
+    if len(data) > _MOST_CARD:
+        raise PriorFormatError(f"{path} has more than {_MOST_CARD} bytes: no model card is so long. Move it away.")
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PriorFormatError(f"{path} is not UTF-8 text ({error}): convert it, or move it away.") from error
 
@@ -231,15 +240,56 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     match = _METADATA.match(text)
     if match is None:
         return {}, text
+    values = sum(map(match[1].count, "\n,[{-"))  # before it is parsed, which takes a millisecond for 20 of them
+    if len(match[1]) > _MOST_METADATA or values > 2 * _MOST_VALUES:
+        raise PriorFormatError(
+            f"the metadata of the model card (README.md) has {len(match[1])} characters and some {values} values, more than "
+            f"the {_MOST_METADATA} and {2 * _MOST_VALUES} it may."
+        )
     try:
-        data = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        raise PriorFormatError(f"the metadata of the model card (README.md) is not valid YAML: {error}") from error
+        loader = _SAFE_LOADER(match[1])  # safe_load's, in C where that is there
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
+        _refuse_expansion(data)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a date like 2020-99-99
+        if isinstance(error, PriorFormatError):
+            raise
+        said = "nested too deep" if isinstance(error, RecursionError) else error
+        raise PriorFormatError(f"the metadata of the model card (README.md) is not valid YAML: {said}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise PriorFormatError("the metadata of the model card (README.md) is not a mapping of keys to values.")
     return data, text[match.end() :].lstrip("\n")
+
+
+def _refuse_expansion(data: Any) -> None:
+    """Refuse metadata that its aliases (*name) blow up, or that contain themselves: written out they would fill the memory."""
+    sizes: dict[int, int] = {}  # by identity, of what is still held by `data`
+
+    def size(value: Any) -> int:
+        if not isinstance(value, (dict, list, tuple, set)):
+            return _MOST_VALUES + 1 if isinstance(value, int) and value.bit_length() > 1000 else 1
+        if id(value) not in sizes:
+            sizes[id(value)] = _MOST_VALUES + 1  # should it contain itself
+            inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size, inner))
+        return sizes[id(value)]
+
+    if size(data) > _MOST_VALUES:
+        raise PriorFormatError(
+            f"the metadata of the model card (README.md) stands for more than {_MOST_VALUES} values once its aliases (*name) "
+            "are followed: write them without aliases."
+        )
 
 
 def _join(data: Mapping[str, Any], body: str) -> str:
