@@ -38,6 +38,7 @@ _LAZY = {
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
+    "PriorComparison": "prior_hub.priors.comparison",
     "PriorConfig": "prior_hub.priors.config",
     "PriorModel": "prior_hub.model",
     "PriorPenalty": "prior_hub.finetuning.penalty",
@@ -59,6 +60,7 @@ _LAZY = {
     "TwoViews": "prior_hub.learning.views",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
+    "compare_priors": "prior_hub.priors.comparison",
     "disagreement": "prior_hub.inference.diagnostics",
     "find_scale": "prior_hub.finetuning.scale",
     "isotropic_prior": "prior_hub.learning.isotropic",
@@ -90,6 +92,7 @@ __all__ = [
     "Match",
     "PriorAccessError",
     "PriorArgumentsMixin",
+    "PriorComparison",
     "PriorConfig",
     "PriorConnectionError",
     "PriorFormatError",
@@ -117,6 +120,7 @@ __all__ = [
     "__version__",
     "chain_diagnostics",
     "classification_metrics",
+    "compare_priors",
     "disagreement",
     "find_scale",
     "isotropic_prior",
@@ -156,6 +160,7 @@ if TYPE_CHECKING:
     from prior_hub.learning.views import TwoViews
     from prior_hub.model import PriorModel, push_prior_to_hub
     from prior_hub.priors.batch_norm import recompute_batch_norm
+    from prior_hub.priors.comparison import PriorComparison, compare_priors
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
