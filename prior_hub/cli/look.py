@@ -210,11 +210,11 @@ def _plot(arguments: argparse.Namespace) -> int:
 
         place = {"revision": arguments.revision, "subfolder": arguments.subfolder}
         prior = PriorModel.from_pretrained(arguments.prior, scale=arguments.scale, **place)
-        found = profile(prior.gaussian, title=arguments.prior)
+        found = profile(prior.gaussian, title=arguments.prior) if arguments.json else None
         plot_prior(prior, arguments.output, what=arguments.what, found=found)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    if arguments.json:
+    if found is not None:
         drawn = {
             "scale": prior.scale,
             "low_rank_share": found.low_rank_share,
