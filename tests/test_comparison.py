@@ -257,8 +257,17 @@ def test_priors_of_different_networks_are_refused_with_their_coverage():
     with pytest.raises(PriorMatchError, match=r"only 3 of 4 parameters of the second \(17 of 917 values"):
         compare_priors(a, wider.__class__(wider.gaussian, wider.config.replace(head_parameters=("head.weight",))))
     assert compare_priors(a, wider, min_coverage=0.01, include_head=True).num_parameters == 25
-    with pytest.raises(PriorMatchError, match="differ in shape"):
+    with pytest.raises(PriorMatchError, match=r"only 2 of 3 parameters of the prior \(5 of 17 values"):
         compare_priors(a, random_prior(0, shapes=SHAPES | {"layer.weight": (5, 3)}))
+
+
+def test_what_has_another_shape_is_left_out_and_named():
+    a, b = random_prior(0), random_prior(1, shapes=SHAPES | {"layer.bias": (5,)})
+    found = compare_priors(a, b)
+    assert found.match.dropped == {"layer.bias": "layer.bias"}
+    assert found.num_parameters == 13
+    assert "left out, of another shape: layer.bias" in str(found)
+    assert (found.to_dict()["other_shape"], found.to_dict()["only_in_b"]) == ({"layer.bias": "layer.bias"}, [])
 
 
 def test_settings_that_differ_are_named_by_their_place():

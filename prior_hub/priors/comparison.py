@@ -115,7 +115,8 @@ class PriorComparison:
             "shares": list(self.shares),
             "names": {"strip": self.match.strip, "add": self.match.add},
             "only_in_a": [*self.match.marginalised, *self.match.excluded_head],
-            "only_in_b": list(self.match.new),
+            "only_in_b": [name for name in self.match.new if name not in self.match.dropped.values()],
+            "other_shape": dict(self.match.dropped),
             "settings": {name: list(values) for name, values in self.settings.items()},
             "distance_under_a": self.distance_under_a,
             "distance_under_b": self.distance_under_b,
@@ -136,6 +137,8 @@ class PriorComparison:
             f"compared: {len(self.match.pairs)} tensors, {count:,} values ({100 * self.shares[0]:.3g} % of A's, "
             f"{100 * self.shares[1]:.3g} % of B's){prefix}"
         ]
+        if self.match.dropped:
+            lines.append(f"left out, of another shape: {', '.join(self.match.dropped)}")
         lines += ["settings that differ (A | B):"] if self.settings else ["settings: the same"]
         lines += [f"  {name}: {_said(first)} | {_said(second)}" for name, (first, second) in self.settings.items()]
         lines += [
@@ -180,8 +183,8 @@ def compare_priors(
 ) -> PriorComparison:
     """Compare two priors of the same network, exactly, over the values that both have; the rest is marginalised.
 
-    Names may carry another prefix, as with a model. Both priors are read twice, a few megabytes at a time; from 1 GB on with a
-    progress bar. Symmetric: exchanging the priors exchanges what is found.
+    Names may carry another prefix, as with a model; what has another shape is left out. Both priors are read twice, a few
+    megabytes at a time; from 1 GB on with a progress bar. Exchanging the priors exchanges what is found.
 
     Args:
         a: the first prior.
@@ -232,18 +235,19 @@ def _matched(a: PriorConfig, b: PriorConfig, name_map: NameMap | None, include_h
             head_parameters=() if include_head else a.head_parameters,
             tied_parameters=a.tied_parameters,
             name_map=name_map,
+            on_mismatch="drop",
             min_coverage=least,
         )
     except PriorMatchError as error:
         raise PriorMatchError(
-            f"the two are not priors of the same network (here the second is 'the model'): {error}"
+            f"the two are not priors of the same network (the first is called the prior here, the second the model): {error}"
         ) from error
     total = sum(math.prod(shape) for shape in other.values())
     if match.covered_values < least * total or len(match.pairs) < least * len(other):
         raise PriorMatchError(
             f"the two are not priors of the same network: only {len(match.pairs)} of {len(other)} parameters of the second "
-            f"({match.covered_values} of {total} values, min_coverage={least}) are in the first, which lacks "
-            f"{match.new[0]!r}. Pass a lower min_coverage if so small a part is meant."
+            f"({match.covered_values} of {total} values, min_coverage={least}) are in the first, which has no "
+            f"{match.new[0]!r} of that shape. Pass a lower min_coverage if so small a part is meant."
         )
     return match
 
