@@ -305,6 +305,36 @@ def test_long_tensors_and_stored_types_give_the_same_in_pieces(monkeypatch):
     assert cut["blocks"][0]["variance_ratio"] == pytest.approx(whole["blocks"][0]["variance_ratio"])
 
 
+def test_the_number_of_threads_does_not_matter_to_the_bit(monkeypatch):
+    monkeypatch.setattr("prior_hub.priors.comparison._SMALL_CHUNK", 100)
+    shapes = {f"layers.{i}.weight": (40 + i, 9) for i in range(12)}
+    a, b = (random_prior(seed, 4, shapes, scale=1.0) for seed in range(2))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(compare_priors(a, b).to_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    monkeypatch.setattr("prior_hub.priors.comparison._SMALL_CHUNK", 10**9)
+    assert compare_priors(a, b).kl_ab == pytest.approx(found[0]["kl_ab"], rel=1e-12)  # in one chunk
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr("prior_hub.priors.comparison._SMALL_CHUNK", 1)
+    a = random_prior(0, **PLAIN)
+    zero = PriorModel(a.gaussian._with(variance={n: 0 * t for n, t in a.variance.items()}, eps=0.0), a.config)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(PriorNumericsError, match="is not positive"):
+            compare_priors(a, zero)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_large_prior_stays_on_the_disk_while_it_is_compared(tmp_path):
     """Two priors of 32 MB of rows each, as they lie on the disk: what is taken of memory that is not the file's own pages."""
     n, rank = 1_000_000, 8
@@ -318,7 +348,9 @@ def test_a_large_prior_stays_on_the_disk_while_it_is_compared(tmp_path):
         )
     code = textwrap.dedent("""
         import sys
+        import torch
         from prior_hub import PriorModel, compare_priors
+        torch.set_num_threads(1)
         from prior_hub.priors.profile import profile
         a, b = (PriorModel.from_pretrained(path, verify=False) for path in sys.argv[1:])
         compare_priors(a.truncated(1), a.truncated(1), scale=2.0)  # what libraries take once
@@ -342,7 +374,7 @@ def test_a_large_prior_stays_on_the_disk_while_it_is_compared(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "0"), str(tmp_path / "1")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 25e6, result.stdout  # half of one prior's rows are 32 MB in float64
+    assert int(result.stdout) < 45e6, result.stdout  # in float64 one tensor of both priors' rows is 64 MB, all are 128 MB
 
 
 # --------------------------------------------------------------------------------------------------------- the command

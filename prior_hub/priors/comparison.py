@@ -13,7 +13,7 @@ e = A_b^-1/2 d, and h the diagonal of X (I + X^T X)^-1 X^T, between 0 and 1,
 
 [Y X e] = Q R is made piece by piece (R of the rows so far above the next ones, Demmel et al. 2012, section 2: TSQR), never as a
 Gram matrix, whose condition is the square of R's. With the singular values s of R's columns of X all of it is small:
-(I + X X^T)^-1 is 1 / (1 + s^2) in their directions. h needs a second reading. Memory: pieces of a few megabytes, and R.
+(I + X X^T)^-1 is 1 / (1 + s^2) in their directions. h needs a second reading. Memory: a few megabytes for each thread.
 
 Angles between the spans of U_a and U_b are found from R of [U_a U_b], small ones by their sines, as cosines near 1 cannot tell
 them apart (Bjoerck and Golub 1973; Knyazev and Argentati 2002, algorithm 3.1). Directions with less than 1e-12 of the largest
@@ -23,18 +23,20 @@ variance are the rounding of float32 and left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from prior_hub.errors import PriorMatchError, PriorNumericsError
+from prior_hub.priors.blocks import MOST_THREADS, in_threads
 from prior_hub.priors.config import PriorConfig
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.matching import Match, NameMap, match_names
-from prior_hub.priors.profile import network_blocks, numbers, pieces, stored_bytes
+from prior_hub.priors.profile import bytes_per_value, network_blocks, numbers, pieces, stored_bytes
 from prior_hub.priors.tensor_files import progress
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockComparison", "PriorComparison", "compare_priors"]
 
+_T = TypeVar("_T")
+_SMALL_CHUNK = 1 << 16  # entries, below which a thread is not worth waking
 _LEAST = 1e-12  # of the largest variance along a direction
 _SHOWN = 12  # blocks of the report
 _SETTINGS = (
@@ -272,8 +276,37 @@ def _said(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+class _Piece(NamedTuple):
+    """Entries start to stop of a tensor, by its names in both priors."""
+
+    name: str
+    other: str
+    start: int
+    stop: int
+
+
+class _Measured(NamedTuple):
+    """Sums over some pieces.
+
+    Attributes:
+        plain: R of [U_a U_b].
+        in_a: R of A_a^-1/2 [U_a U_b d].
+        in_b: R of A_b^-1/2 [U_a U_b d].
+        excess_a: sum of D - 1 - log D with D = A_b / A_a.
+        excess_b: the same with D = A_a / A_b.
+        by_name: a's name -> sums of the variance under a, under b, and of the squared difference of the means, (3,).
+    """
+
+    plain: Tensor
+    in_a: Tensor
+    in_b: Tensor
+    excess_a: float
+    excess_b: float
+    by_name: dict[str, Tensor]
+
+
 class _Reading:
-    """Both Gaussians, read twice.
+    """Both Gaussians, read twice, by as many threads as torch may use; what is found does not depend on how many.
 
     Attributes:
         under_a: what is measured with a's covariance.
@@ -285,46 +318,80 @@ class _Reading:
     def __init__(self, a: LowRankGaussian, b: LowRankGaussian, pairs: Mapping[str, str]) -> None:
         self._a, self._b, self._pairs = a, b, pairs
         ranks = [g.rank if g._low_rank_scale() else 0 for g in (a, b)]
-        of_a, of_b = slice(0, ranks[0]), slice(ranks[0], sum(ranks))
-        self._sums: dict[str, Tensor] = {}  # name -> variance under a, under b, squared difference of the means
+        self._of_a, self._of_b = slice(0, ranks[0]), slice(ranks[0], sum(ranks))
+        self._sums: dict[str, Tensor] = {}
+        chunks = self._chunks()
         plain, in_a, in_b = (torch.zeros(0, sum(ranks) + more, dtype=torch.float64) for more in (0, 1, 1))
-        excess_a = excess_b = 0.0
         with progress(2 * (stored_bytes(a) + stored_bytes(b)), "Comparing") as advance:
-            for name, delta, diagonal, columns in self._read(advance):
-                plain = _stacked(plain, columns)
-                both = torch.cat([columns, delta.unsqueeze(0)])
-                in_a, in_b = (_stacked(r, both / d.sqrt()) for r, d in zip((in_a, in_b), diagonal, strict=True))
-                excess_a += _excess((diagonal[1] - diagonal[0]) / diagonal[0])
-                excess_b += _excess((diagonal[0] - diagonal[1]) / diagonal[1])
-                explained = [columns[which].square().sum() for which in (of_a, of_b)]
-                sums = [diagonal[0].sum() + explained[0], diagonal[1].sum() + explained[1], delta.square().sum()]
-                self._sums[name] = self._sums.get(name, torch.zeros(3, dtype=torch.float64)) + torch.stack(sums)
-            self.under_a, self.under_b = _Under(in_a, of_a, of_b, excess_a), _Under(in_b, of_b, of_a, excess_b)
+            found = _each(chunks, lambda chunk: self._measure(chunk, advance))
+            for part in found:
+                plain, in_a, in_b = (
+                    _stacked(r, more.T) for r, more in ((plain, part.plain), (in_a, part.in_a), (in_b, part.in_b))
+                )
+                for name, sums in part.by_name.items():
+                    self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+            self.under_a = _Under(in_a, self._of_a, self._of_b, math.fsum(part.excess_a for part in found))
+            self.under_b = _Under(in_b, self._of_b, self._of_a, math.fsum(part.excess_b for part in found))
             if sum(ranks):
-                for _, _, diagonal, columns in self._read(advance):
-                    self.under_a.add_leverage(columns[of_a], diagonal[0], diagonal[1])
-                    self.under_b.add_leverage(columns[of_b], diagonal[1], diagonal[0])
-        self.angles, self.overlap = _angles(plain[:, of_a], plain[:, of_b])
+                leverages = _each(chunks, lambda chunk: self._leverages(chunk, advance))
+                self.under_a.leverage, self.under_b.leverage = (math.fsum(values) for values in zip(*leverages, strict=True))
+        self.angles, self.overlap = _angles(plain[:, self._of_a], plain[:, self._of_b])
 
-    def _read(self, advance: Any) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor], Tensor]]:
-        """Piece by piece a's name, difference of the means (n,), both diagonals, [U_a U_b]^T (K_a + K_b, n); float64."""
+    def _chunks(self) -> list[list[_Piece]]:
+        """All pieces in order, in 16 lists of about as many entries, or fewer: by their sizes alone."""
         rows = 3 * (self._a.rank + self._b.rank + 4)  # as they are, and under either
-        shared = stored_bytes(self._a) + stored_bytes(self._b)
+        share = max(_SMALL_CHUNK, self._a.num_parameters / MOST_THREADS)
+        chunks: list[list[_Piece]] = [[]]
+        held = 0
         for name, other in self._pairs.items():
             for start, stop in pieces(self._a.mean[name].numel(), rows):
-                mean_a, diagonal_a, rows_a = numbers(self._a, name, start, stop)
-                mean_b, diagonal_b, rows_b = numbers(self._b, other, start, stop)
-                for gaussian, values, label in ((self._a, diagonal_a, name), (self._b, diagonal_b, other)):
-                    if not bool((values > 0).all()):
-                        raise PriorNumericsError(
-                            f"the variance of {label!r} times scale {gaussian.scale:g} is not positive everywhere: "
-                            "`prior-hub check` says where."
-                        )
-                scaled = [r.mul_(g._low_rank_scale()) for g, r in ((self._a, rows_a), (self._b, rows_b)) if r is not None] or [
-                    torch.zeros(0, stop - start, dtype=torch.float64)
-                ]
-                yield name, mean_a.sub_(mean_b), (diagonal_a, diagonal_b), torch.cat(scaled)
-                advance(round((stop - start) / self._a.num_parameters * shared))
+                if held >= share:
+                    chunks.append([])
+                    held = 0
+                chunks[-1].append(_Piece(name, other, start, stop))
+                held += stop - start
+        return chunks
+
+    def _measure(self, chunk: list[_Piece], advance: Callable[[int], None]) -> _Measured:
+        columns = sum(g.rank for g in (self._a, self._b) if g._low_rank_scale())
+        plain, in_a, in_b = (torch.zeros(0, columns + more, dtype=torch.float64) for more in (0, 1, 1))
+        excess_a = excess_b = 0.0
+        by_name: dict[str, Tensor] = {}
+        for piece in chunk:
+            delta, of_a, of_b, rows = self._read(piece, advance)
+            plain = _stacked(plain, rows)
+            both = torch.cat([rows, delta.unsqueeze(0)])
+            in_a, in_b = _stacked(in_a, both / of_a.sqrt()), _stacked(in_b, both / of_b.sqrt())
+            excess_a += _excess(of_a, of_b)
+            excess_b += _excess(of_b, of_a)
+            explained = [rows[which].square().sum() for which in (self._of_a, self._of_b)]
+            sums = torch.stack([of_a.sum() + explained[0], of_b.sum() + explained[1], delta.square().sum()])
+            by_name[piece.name] = by_name[piece.name] + sums if piece.name in by_name else sums
+        return _Measured(plain, in_a, in_b, excess_a, excess_b, by_name)
+
+    def _leverages(self, chunk: list[_Piece], advance: Callable[[int], None]) -> tuple[float, float]:
+        """sum D h under a, and under b."""
+        under_a = under_b = 0.0
+        for piece in chunk:
+            _, of_a, of_b, rows = self._read(piece, advance)
+            under_a += self.under_a.leverage_of(rows[self._of_a], of_a, of_b)
+            under_b += self.under_b.leverage_of(rows[self._of_b], of_b, of_a)
+        return under_a, under_b
+
+    def _read(self, piece: _Piece, advance: Callable[[int], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Difference of the means (n,), both diagonals (n,), [U_a U_b]^T (K_a + K_b, n); float64."""
+        name, other, start, stop = piece
+        mean_a, of_a, rows_a = numbers(self._a, name, start, stop)
+        mean_b, of_b, rows_b = numbers(self._b, other, start, stop)
+        for gaussian, values, label in ((self._a, of_a, name), (self._b, of_b, other)):
+            if not bool((values > 0).all()):
+                raise PriorNumericsError(
+                    f"the variance of {label!r} times scale {gaussian.scale:g} is not positive everywhere: "
+                    "`prior-hub check` says where."
+                )
+        rows = [r.mul_(g._low_rank_scale()) for g, r in ((self._a, rows_a), (self._b, rows_b)) if r is not None]
+        advance((stop - start) * (bytes_per_value(self._a, name) + bytes_per_value(self._b, other)))
+        return mean_a.sub_(mean_b), of_a, of_b, torch.cat(rows) if rows else of_a.new_zeros(0, stop - start)
 
     def blocks(self) -> tuple[BlockComparison, ...]:
         """By block of a's names."""
@@ -346,6 +413,7 @@ class _Under:
     Attributes:
         distance: squared distance of the means.
         log_determinant: log |I + U^T A^-1 U|.
+        leverage: sum D h, which a second reading sums up.
     """
 
     def __init__(self, factor: Tensor, own: slice, other: slice, excess: float) -> None:
@@ -363,16 +431,15 @@ class _Under:
         shrink = torch.ones(len(right), dtype=torch.float64)
         shrink[: len(values)] = (1 + values.square()).rsqrt()
         self._turn = shrink.unsqueeze(1) * right  # (K, K)
-        self._leverage = 0.0
+        self.leverage = 0.0
 
-    def add_leverage(self, rows: Tensor, own: Tensor, other: Tensor) -> None:
-        """sum D h over a piece: rows of U^T (K, n), diagonals (n,)."""
-        if len(rows):
-            self._leverage += float((self._turn @ (rows * (other.sqrt() / own))).square_().sum())
+    def leverage_of(self, rows: Tensor, own: Tensor, other: Tensor) -> float:
+        """sum D h over a piece: this prior's rows of U^T (K, n), diagonals (n,)."""
+        return float((self._turn @ (rows * (other.sqrt() / own))).square_().sum())
 
     def divergence(self, other: _Under) -> float:
         """KL(other||this) in nats; rounding may leave an exact 0 a little below it."""
-        of_diagonals = self._excess - self._leverage + self._other_rows
+        of_diagonals = self._excess - self.leverage + self._other_rows
         return max(0.0, 0.5 * (of_diagonals + self.distance + self.log_determinant - other.log_determinant))
 
 
@@ -381,9 +448,29 @@ def _stacked(factor: Tensor, rows: Tensor) -> Tensor:
     return torch.linalg.qr(torch.cat([factor.T, rows], dim=1).T, mode="r").R if len(rows) else factor
 
 
-def _excess(ratio_less_1: Tensor) -> float:
-    """The sum of D - 1 - log D, given D - 1: exact where D is near 1."""
-    return float((ratio_less_1 - ratio_less_1.log1p()).sum())
+def _excess(own: Tensor, other: Tensor) -> float:
+    """The sum of D - 1 - log D with D = other / own, exact where D is near 1."""
+    beyond = (other - own) / own
+    logarithm = torch.where(beyond.abs() < 0.5, beyond.log1p(), (other / own).log())
+    return float((beyond - logarithm).sum())
+
+
+def _each(chunks: Sequence[list[_Piece]], visit: Callable[[list[_Piece]], _T]) -> list[_T]:
+    """What `visit` returns for each chunk, in their order, side by side."""
+    results: dict[int, _T] = {}
+    waiting = deque(range(len(chunks)))
+
+    def work() -> None:
+        with torch.no_grad():
+            while True:
+                try:
+                    index = waiting.popleft()
+                except IndexError:
+                    return
+                results[index] = visit(chunks[index])
+
+    in_threads([work] * min(torch.get_num_threads(), len(chunks), MOST_THREADS), stop=waiting.clear)
+    return [results[index] for index in range(len(chunks))]
 
 
 def _angles(a: Tensor, b: Tensor) -> tuple[tuple[float, ...], tuple[float, float] | None]:
