@@ -38,6 +38,7 @@ _LAZY = {
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
+    "PriorComparison": "prior_hub.priors.comparison",
     "PriorConfig": "prior_hub.priors.config",
     "PriorFit": "prior_hub.registry.search",
     "PriorInfo": "prior_hub.registry.search",
@@ -61,6 +62,7 @@ _LAZY = {
     "TwoViews": "prior_hub.learning.views",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
+    "compare_priors": "prior_hub.priors.comparison",
     "disagreement": "prior_hub.inference.diagnostics",
     "find_scale": "prior_hub.finetuning.scale",
     "isotropic_prior": "prior_hub.learning.isotropic",
@@ -96,6 +98,7 @@ __all__ = [
     "Match",
     "PriorAccessError",
     "PriorArgumentsMixin",
+    "PriorComparison",
     "PriorConfig",
     "PriorConnectionError",
     "PriorFit",
@@ -125,6 +128,7 @@ __all__ = [
     "__version__",
     "chain_diagnostics",
     "classification_metrics",
+    "compare_priors",
     "disagreement",
     "find_scale",
     "isotropic_prior",
@@ -168,6 +172,7 @@ if TYPE_CHECKING:
     from prior_hub.learning.views import TwoViews
     from prior_hub.model import PriorModel, push_prior_to_hub
     from prior_hub.priors.batch_norm import recompute_batch_norm
+    from prior_hub.priors.comparison import PriorComparison, compare_priors
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
