@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -32,7 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from prior_hub import __version__
 from prior_hub.errors import (
@@ -71,6 +72,7 @@ _LARGE_PUSH = 256_000_000  # bytes
 _DOWNLOADS = 8  # files at a time
 _PUSH_TRIES = 3
 _PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
+_PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
 
@@ -94,8 +96,43 @@ class PushResult:
     tag: str | None = None
 
 
+class _Api(HfApi):
+    """The client, which waits for the description of a repository as long as for that of a file, not for ever."""
+
+    def model_info(self, *args: Any, timeout: float | None = None, **options: Any) -> ModelInfo:
+        """As the client's, but `timeout` is HF_HUB_ETAG_TIMEOUT (seconds) if not given."""
+        return super().model_info(*args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **options)
+
+
 def _api(token: str | bool | None) -> HfApi:
-    return HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+    return _Api(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+
+
+_bounded_lock = threading.Lock()
+_bounded_sessions: list[Any] = []
+_bounded_depth = 0
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Meanwhile the client's requests that have no time-out of their own get one: a silent Hub fails instead of hanging a push.
+
+    A session of the client that has a time-out already keeps it. It is the session of the process, and gets its old setting back.
+    """
+    global _bounded_depth
+    with _bounded_lock:
+        _bounded_depth += 1
+        session = get_session()
+        if session.timeout.read is None:
+            session.timeout = float(os.environ.get("PRIOR_HUB_TIMEOUT") or _PATIENCE)
+            _bounded_sessions.append(session)
+    try:
+        yield
+    finally:
+        with _bounded_lock:
+            _bounded_depth -= 1
+            while not _bounded_depth and _bounded_sessions:
+                _bounded_sessions.pop().timeout = None
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
@@ -246,6 +283,7 @@ def scratch_folder(size: int) -> Path | None:
     return folder if os.access(folder, os.W_OK) and room > 1.05 * size else None
 
 
+@_bounded()
 def upload_prior(
     folder: str | os.PathLike[str],
     repo_id: str,
