@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from prior_hub.priors.legacy import legacy_files, read_legacy
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
-from prior_hub.registry.hub import PushResult, download_legacy, download_prior, scratch_folder, upload_prior
+from prior_hub.registry.hub import PushResult, download_legacy, download_prior, push_folder, upload_prior
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 
@@ -655,9 +654,9 @@ class PriorModel:
         """
         kinds = (self.mean, self.variance, self.deviations, self.buffers)
         size = sum(tensor.numel() * tensor.element_size() for tensors in kinds for tensor in tensors.values())
-        with tempfile.TemporaryDirectory(prefix="prior-hub-push-", dir=scratch_folder(size)) as folder:
+        with push_folder(size) as folder:
             card = render_card(self.config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
-            self._write(Path(folder), card, max_shard_size)
+            self._write(folder, card, max_shard_size)
             return upload_prior(
                 folder,
                 repo_id,

@@ -13,13 +13,15 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
 from huggingface_hub.errors import (
@@ -33,7 +35,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.hf_api import GitRefs, ModelInfo, RepoFile, RepoUrl
 
 from prior_hub import __version__
 from prior_hub.errors import (
@@ -47,6 +49,12 @@ from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
 from prior_hub.priors.tensor_files import side_by_side
 from prior_hub.registry.card import read_card, render_card, update_card
+
+_fcntl: ModuleType | None
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows
+    _fcntl = None
 
 try:
     from huggingface_hub.errors import RevisionResolutionError
@@ -63,15 +71,19 @@ __all__ = [
     "download_config",
     "download_legacy",
     "download_prior",
+    "push_folder",
     "scratch_folder",
     "upload_prior",
 ]
 
+_T = TypeVar("_T")
+
 LIBRARY_NAME = "prior-hub"
 _LARGE_PUSH = 256_000_000  # bytes
 _DOWNLOADS = 8  # files at a time
-_PUSH_TRIES = 3
-_PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
+_SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on the Hub
+_TRIES = 3
+_WAIT = 1.0  # seconds before the second try; twice that before the third
 _PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
@@ -97,11 +109,87 @@ class PushResult:
 
 
 class _Api(HfApi):
-    """The client, which waits for the description of a repository as long as for that of a file, not for ever."""
+    """The client, with the patience that it has for files only.
 
-    def model_info(self, *args: Any, timeout: float | None = None, **options: Any) -> ModelInfo:
-        """As the client's, but `timeout` is HF_HUB_ETAG_TIMEOUT (seconds) if not given."""
-        return super().model_info(*args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **options)
+    Requests that may be repeated without harm are, when the Hub or the connection fails. The description of a repository is
+    waited for as long as that of a file (HF_HUB_ETAG_TIMEOUT), not for ever. A small file whose content is not what its name in
+    the cache says is downloaded once more: the client compares sizes only.
+    """
+
+    def repo_info(self, *args: Any, repo_type: str | None = None, **options: Any) -> ModelInfo:
+        """What resolve_revision asks, which has the cache to fall back on: not repeated."""
+        del repo_type
+        return super().model_info(*args, **options | {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT})
+
+    def resolve_revision(self, *args: Any, **options: Any) -> Any:
+        return _patiently(super().resolve_revision, *args, **options)
+
+    def model_info(self, *args: Any, **options: Any) -> ModelInfo:
+        return _patiently(self.repo_info, *args, **options)
+
+    def list_repo_refs(self, *args: Any, **options: Any) -> GitRefs:
+        return _patiently(super().list_repo_refs, *args, **options)
+
+    def create_tag(self, *args: Any, **options: Any) -> None:
+        _patiently(super().create_tag, *args, **options)  # one that is there already is a conflict: see `_tag`
+
+    def create_repo(self, *args: Any, exist_ok: bool = False, **options: Any) -> RepoUrl:
+        call = partial(super().create_repo, *args, exist_ok=exist_ok, **options)
+        return _patiently(call) if exist_ok else call()
+
+    def create_branch(self, *args: Any, exist_ok: bool = False, **options: Any) -> None:
+        call = partial(super().create_branch, *args, exist_ok=exist_ok, **options)
+        _patiently(call) if exist_ok else call()
+
+    def hf_hub_download(self, *args: Any, **options: Any) -> Any:
+        path = _patiently(super().hf_hub_download, *args, **options)
+        if options.get("local_files_only") or _is_what_its_name_says(Path(path)):
+            return path
+        return _patiently(super().hf_hub_download, *args, **options | {"force_download": True})
+
+
+def _patiently(call: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    """The result of a call that may be repeated, which it is while the Hub or the connection fails, `_TRIES` times in all."""
+    for attempt in range(1, _TRIES):
+        try:
+            return call(*args, **options)
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(_pause(error, attempt))
+    return call(*args, **options)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment; not if the client has tried it for long already, or is offline."""
+    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, OfflineModeIsEnabled):
+        return False
+    try:
+        with _explained("", None, None):
+            raise error
+    except PriorConnectionError:
+        return not isinstance(error, OfflineModeIsEnabled)
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _pause(error: BaseException | None, attempt: int) -> float:
+    """Seconds until the next try: what the Hub asks for (up to a minute), or 1, 2, ..."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), 60.0) if asked.isdigit() else _WAIT * attempt
+
+
+def _is_what_its_name_says(path: Path) -> bool:
+    """Whether a cached file has the content its name in the cache promises; True where the name says nothing of it.
+
+    Small files are named by their ETag, on the Hub git's sha1; a mirror may have one of its own.
+    """
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{40}", blob.name) or blob.stat().st_size > _SMALL_FILE:
+        return True
+    content = blob.read_bytes()
+    return blob.name in (_digest(content, "sha1", f"blob {len(content)}\0".encode()), _digest(content, "sha1"))
 
 
 def _api(token: str | bool | None) -> HfApi:
@@ -117,7 +205,7 @@ _bounded_depth = 0
 def _bounded() -> Iterator[None]:
     """Meanwhile the client's requests that have no time-out of their own get one: a silent Hub fails instead of hanging a push.
 
-    A session of the client that has a time-out already keeps it. It is the session of the process, and gets its old setting back.
+    A session of the client that has a time-out already keeps it. It is the session of the process, and is put back.
     """
     global _bounded_depth
     with _bounded_lock:
@@ -283,6 +371,55 @@ def scratch_folder(size: int) -> Path | None:
     return folder if os.access(folder, os.W_OK) and room > 1.05 * size else None
 
 
+@contextlib.contextmanager
+def push_folder(size: int) -> Iterator[Path]:
+    """A temporary folder for files of `size` bytes that are to be pushed (see `scratch_folder`); gone afterwards.
+
+    A process that is killed leaves its folder behind. It is removed by the next push: the lock on it ended with the process.
+    """
+    where = Path(scratch_folder(size) or tempfile.gettempdir())
+    _remove_abandoned(where)
+    folder = Path(tempfile.mkdtemp(prefix="prior-hub-new-", dir=where))
+    handle = None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody can tell, so nobody removes it
+            handle = _locked(folder)
+            folder = folder.rename(where / folder.name.replace("-new-", "-push-"))  # by this name only with the lock held
+        (inner := folder / "prior").mkdir()
+        yield inner
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_abandoned(where: Path) -> None:
+    """Remove the folders of pushes whose process is gone."""
+    for folder in where.glob("prior-hub-push-*"):
+        with contextlib.suppress(OSError):  # somebody else's, or under way
+            handle = _locked(folder)
+            if handle is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the lock on a folder; None where there are no such locks (Windows).
+
+    Raises:
+        OSError: it is held by somebody else.
+    """
+    if _fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _fcntl.flock(handle, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
 @_bounded()
 def upload_prior(
     folder: str | os.PathLike[str],
@@ -357,7 +494,7 @@ def _commit(
     description: str | None,
     create_pr: bool,
 ) -> PushResult:
-    for attempt in range(1, _PUSH_TRIES + 1):
+    for attempt in range(1, _TRIES + 1):
         with _explained(repo_id, branch, subfolder):
             info = api.model_info(repo_id, revision=branch)
             head = info.sha or ""
@@ -396,9 +533,9 @@ def _commit(
                     f"somebody else pushed to {repo_id} ({branch}) meanwhile: it is at {now[:8]}, this push started from "
                     f"{head[:8]}. Nothing of this push landed. Look at the new commit, then push again."
                 ) from error
-            if attempt == _PUSH_TRIES:
+            if attempt == _TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
-            time.sleep(_PUSH_WAIT * attempt)
+            time.sleep(_pause(error.__cause__, attempt))
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
@@ -542,14 +679,19 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             ) from error
         if 400 <= status < 500 and status not in _TRY_AGAIN:
             raise PriorHubError(f"the Hub does not accept the request for {at} ({status}): {_first_line(error)}") from error
-        raise PriorConnectionError(f"the Hub failed on {at} ({status}): {_first_line(error)}") from error
+        patience = "is asked too often" if status == 429 else "failed"
+        raise PriorConnectionError(
+            f"the Hub {patience} on {at} ({status}): {_first_line(error)} Try again in a while."
+        ) from error
     except (ConnectionError, TimeoutError) as error:
-        raise PriorConnectionError(f"the Hub could not be reached for {at}: {_first_line(error)}") from error
+        raise PriorConnectionError(
+            f"the Hub could not be reached for {at}: {_first_line(error)} Check the connection, then try again."
+        ) from error
     except OSError as error:
         if error.errno is not None:  # a full disk, a cache that cannot be written
             raise
         raise PriorConnectionError(f"the download of {at} broke off: {_first_line(error)} Try again.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PriorConnectionError(
             f"what answered for {at} is not the Hub: no JSON ({error}). A proxy or a login page may stand in between."
         ) from error
@@ -560,12 +702,14 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}."
         ) from error
     except RuntimeError as error:  # hf_xet's
-        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)}") from error
+        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)} Try again.") from error
     except Exception as error:
         # The client lets errors of its HTTP library through raw, and that library differs between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
             raise
-        raise PriorConnectionError(f"the connection to the Hub broke for {at}: {type(error).__name__}.") from error
+        raise PriorConnectionError(
+            f"the connection to the Hub broke for {at}: {type(error).__name__}. Check the connection, then try again."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
