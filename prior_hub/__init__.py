@@ -19,6 +19,7 @@ from prior_hub.errors import (
     PriorMatchError,
     PriorNotFoundError,
     PriorNumericsError,
+    PriorStorageError,
     PriorWarning,
 )
 
@@ -99,6 +100,7 @@ __all__ = [
     "PriorNotFoundError",
     "PriorNumericsError",
     "PriorPenalty",
+    "PriorStorageError",
     "PriorTrainer",
     "PriorTrainerMixin",
     "PriorTrainingArguments",

@@ -201,7 +201,7 @@ class World:
         from prior_hub.errors import PriorHubError, PriorNotFoundError
         from prior_hub.model import PriorModel
         from prior_hub.registry import hub as registry
-        from prior_hub.registry.hub import download_config
+        from prior_hub.registry.hub import download_config, push_folder
 
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = TIMEOUT  # in the environment: whole seconds only
         import huggingface_hub.utils._http as client_http
@@ -210,6 +210,7 @@ class World:
             module.time = Hasty()
         self.differences, self.PriorModel, self.PriorHubError = differences, PriorModel, PriorHubError
         self.PriorNotFoundError, self.download_config, self.main = PriorNotFoundError, download_config, main
+        self.random_prior, self.push_folder = random_prior, push_folder
         self.old, self.new, self.theirs = (random_prior(seed) for seed in (OLD, NEW, THEIRS))
         self.new.save_pretrained(self.folder)
         self.snapshots: dict[str, Any] = {"none": None}
@@ -310,6 +311,24 @@ class World:
             ref: [self.state_of_tree(commit.tree, subfolder) for commit in repo.history(repo.commits[at])]
             for ref, at in repo.refs.items()
         }
+
+    def scenarios(self) -> list[Json]:
+        """The rows of fault_scenarios.py."""
+        from fault_scenarios import SCENARIOS, Impossible
+
+        rows = []
+        for name, scenario in SCENARIOS.items():
+            self.reset(OPERATIONS["pull, cold"])
+            start = time.monotonic()
+            try:
+                with bounded(BOUND):
+                    outcome, wrong = scenario(self)
+            except Impossible as reason:
+                outcome, wrong = f"not tried: {reason}", []
+            except (Exception, Hang) as error:  # noqa: BLE001
+                outcome, wrong = type(error).__name__, [f"{type(error).__name__}: {error}"[:600]]
+            rows.append({"scenario": name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1), "wrong": wrong})
+        return rows
 
 
 class Hasty:
@@ -586,7 +605,7 @@ def thinned(plan: list[Injection]) -> list[Injection]:
     return kept
 
 
-def experiment(root: Path, only: Sequence[str], sample: int | None, every: bool, say: Callable[[str], None]) -> Json:
+def experiment(root: Path, only: Sequence[str], sample: int | None, every: bool, scenarios: bool, say: Callable) -> Json:
     """All of it, or a sample of so many injections."""
     import torch
 
@@ -601,6 +620,10 @@ def experiment(root: Path, only: Sequence[str], sample: int | None, every: bool,
         plan = random.Random(0).sample(plan, min(sample, len(plan)))
     rows = []
     begun = time.monotonic()
+    others = world.scenarios() if scenarios else []
+    for row in others:
+        if row["wrong"]:
+            say(f"{row['scenario']} | {row['outcome']} | {row['wrong']}")
     for injection in plan:
         row = inject(world, OPERATIONS[injection.operation], injection)
         rows.append(row)
@@ -608,10 +631,11 @@ def experiment(root: Path, only: Sequence[str], sample: int | None, every: bool,
             say(f"{row['operation']} | {row['label']} | {row['request']} | {row['outcome']} | {row['wrong']}")
     say(f"{len(rows)} faults in {time.monotonic() - begun:.0f} s, {sum(bool(row['wrong']) for row in rows)} not survived")
     world.hub.stop()
-    return {"faults": rows, "requests": {name: len(usual) for name, usual in world.usual.items()}}
+    requests = {name: len(usual) for name, usual in world.usual.items()}
+    return {"faults": rows, "requests": requests, "scenarios": others}
 
 
-def in_parts(parts: int, only: Sequence[str], sample: int | None, every: bool) -> Json:
+def in_parts(parts: int, only: Sequence[str], sample: int | None, every: bool, scenarios: bool) -> Json:
     """The experiment in processes of their own, side by side: most of the time is waiting for time-outs."""
     shares = [[name for i, name in enumerate(only) if i % parts == part] for part in range(parts)]
     memory = Path("/dev/shm")
@@ -622,6 +646,7 @@ def in_parts(parts: int, only: Sequence[str], sample: int | None, every: bool) -
             words += [word for name in names for word in ("--only", name)]
             words += ["--sample", str(-(-sample // parts))] if sample else []
             words += ["--every"] if every else []
+            words += [] if scenarios and part == 0 else ["--no-scenarios"]
             running.append(subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL))
         codes = [process.wait() for process in running]
         if any(codes):
@@ -629,7 +654,8 @@ def in_parts(parts: int, only: Sequence[str], sample: int | None, every: bool) -
         results = [json.loads(Path(f"{root}/{part}.json").read_text()) for part in range(parts)]
     order = {name: i for i, name in enumerate(OPERATIONS)}
     rows = sorted((row for result in results for row in result["faults"]), key=lambda row: order[row["operation"]])
-    return {"faults": rows, "requests": {name: n for result in results for name, n in result["requests"].items()}}
+    requests = {name: n for result in results for name, n in result["requests"].items()}
+    return {"faults": rows, "requests": requests, "scenarios": [row for result in results for row in result["scenarios"]]}
 
 
 def main() -> None:
@@ -637,6 +663,9 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(OPERATIONS), help="these operations")
     parser.add_argument("--sample", type=int, help="so many faults, drawn at random but always the same")
     parser.add_argument("--every", action="store_true", help="also those that differ only in the operation")
+    parser.add_argument(
+        "--no-scenarios", dest="scenarios", action="store_false", help="leave out the rows of fault_scenarios.py"
+    )
     parser.add_argument("--parts", type=int, default=3, help="processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -648,9 +677,9 @@ def main() -> None:
         print(text, flush=True)
 
     if arguments.root:
-        result = experiment(arguments.root, only, arguments.sample, arguments.every, say)
+        result = experiment(arguments.root, only, arguments.sample, arguments.every, arguments.scenarios, say)
     else:
-        result = in_parts(arguments.parts, only, arguments.sample, arguments.every)
+        result = in_parts(arguments.parts, only, arguments.sample, arguments.every, arguments.scenarios)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.flush()

@@ -8,6 +8,7 @@ the head is compared before anything is tried again; errors that say what to do.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ from prior_hub.errors import (
     PriorFormatError,
     PriorHubError,
     PriorNotFoundError,
+    PriorStorageError,
 )
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_name
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
@@ -81,6 +83,7 @@ _T = TypeVar("_T")
 LIBRARY_NAME = "prior-hub"
 _LARGE_PUSH = 256_000_000  # bytes
 _DOWNLOADS = 8  # files at a time
+_DISK_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on the Hub
 _TRIES = 3
 _WAIT = 1.0  # seconds before the second try; twice that before the third
@@ -387,6 +390,15 @@ def push_folder(size: int) -> Iterator[Path]:
             folder = folder.rename(where / folder.name.replace("-new-", "-push-"))  # by this name only with the lock held
         (inner := folder / "prior").mkdir()
         yield inner
+    except OSError as error:
+        if error.errno not in _DISK_SAYS_NO or isinstance(error, PriorHubError):
+            raise
+        raise PriorStorageError(
+            error.errno,
+            f"{os.strerror(error.errno)} while the {size / 1e6:.3g} MB to push were written. Nothing was pushed. Make room, or "
+            "set TMPDIR to a folder with room, then push again",
+            error.filename or str(where),
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if handle is not None:
@@ -653,10 +665,10 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     except RepositoryNotFoundError as error:
         raise PriorNotFoundError(
             f"{at} does not exist on the Hub, or is private and this token cannot see it. Check the spelling; for a "
-            "private repository log in (`hf auth login`, HF_TOKEN or token=)."
+            "private repository log in (`hf auth login`, HF_TOKEN or token=). A copy in the cache loads with local_files_only."
         ) from error
     except RevisionNotFoundError as error:
-        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit.") from error
+        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit. Check revision=.") from error
     except LocalEntryNotFoundError as error:
         raise PriorConnectionError(
             f"{at} is not in the local cache, and the Hub cannot be asked (offline, or local_files_only). Connect once, "
@@ -688,7 +700,14 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             f"the Hub could not be reached for {at}: {_first_line(error)} Check the connection, then try again."
         ) from error
     except OSError as error:
-        if error.errno is not None:  # a full disk, a cache that cannot be written
+        if error.errno in _DISK_SAYS_NO:
+            raise PriorStorageError(
+                error.errno,
+                f"{os.strerror(error.errno)} while downloading {at}. Make room or give another cache (cache_dir=, HF_HOME), "
+                "then try again",
+                error.filename,
+            ) from error
+        if error.errno is not None:
             raise
         raise PriorConnectionError(f"the download of {at} broke off: {_first_line(error)} Try again.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
