@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint faults bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.installed  ## break every kind of request of every operation, table into docs/faults.md, about 5 minutes
+	$(BIN)/python tests/faults.py --json docs/faults.json --markdown docs/faults.md
 
 bench: $(VENV)/.installed  ## benchmarks, figures into benchmarks/RESULTS.md, 35 minutes on 2 slow cores (BENCH_ALL=1: with the long ones)
 	$(BIN)/python benchmarks/run_all.py $(BENCH)

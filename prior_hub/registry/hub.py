@@ -472,7 +472,7 @@ def upload_prior(
                 f"or with huggingface_hub.HfApi().update_repo_settings({name!r}, private=True), or push to a new name."
             )
         branch = revision or "main"
-        if tag and any(ref.name == tag for ref in api.list_repo_refs(name).tags):
+        if tag and not _may_be_tagged(api, name, tag, config, branch, subfolder):
             raise PriorHubError(f"{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it.")
         if branch != "main" and not create_pr and not branch.startswith("refs/"):
             api.create_branch(name, branch=branch, exist_ok=True)
@@ -490,9 +490,29 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
             api.create_tag(repo_id, tag=tag, revision=commit)
     except PriorHubError as error:
         with contextlib.suppress(PriorHubError), _explained(repo_id, None, None):
-            if any(ref.name == tag and ref.target_commit == commit for ref in api.list_repo_refs(repo_id).tags):
-                return  # only the answer was lost
+            if _tagged(api, repo_id, tag) == commit:
+                return  # only the answer was lost, this time or the last
         raise type(error)(f"The prior was pushed to {repo_id} as {commit[:8]}, but not tagged {tag!r}: {error}") from error
+
+
+def _may_be_tagged(api: HfApi, repo_id: str, tag: str, config: PriorConfig, branch: str, subfolder: str | None) -> bool:
+    """Whether the tag is free, or on this very prior at the head of the branch, as after a push whose answer was lost."""
+    refs = api.list_repo_refs(repo_id)
+    there = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    if there is None:
+        return True
+    if there not in [ref.target_commit for ref in refs.branches if ref.name == branch]:
+        return False
+    with contextlib.suppress(EntryNotFoundError, PriorFormatError):
+        path = _join(subfolder, CONFIG_NAME)
+        data = read_bounded(Path(api.hf_hub_download(repo_id, path, revision=there)))
+        return PriorConfig.from_json(data, where=f"{path} of {repo_id}") == config  # the hashes of the weights are in it
+    return False
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str) -> str | None:
+    """The commit a tag is on."""
+    return next((ref.target_commit for ref in api.list_repo_refs(repo_id).tags if ref.name == tag), None)
 
 
 def _commit(
@@ -512,6 +532,7 @@ def _commit(
             head = info.sha or ""
             remote = {sibling.rfilename for sibling in info.siblings or []}
             contents = _contents(api, repo_id, config, files, remote, head, subfolder)
+            opened = _pull_requests(api, repo_id) if create_pr else {}
         operations: list[Any] = [CommitOperationAdd(path, content) for path, content in contents.items()]
         _check_hashes(config, operations)
         operations += [CommitOperationDelete(path) for path in sorted(_stale(remote, files, subfolder))]
@@ -527,15 +548,18 @@ def _commit(
                     parent_commit=head,
                 )
         except PriorConnectionError as error:
-            if create_pr:
-                raise PriorConnectionError(
-                    f"{error} The pull request may have been opened all the same: look before pushing again."
-                ) from error
             try:
                 with _explained(repo_id, branch, subfolder):
-                    now = api.model_info(repo_id, revision=branch).sha or ""
-                    if now != head and _landed(api, repo_id, contents, now):
-                        return PushResult(repo_id, _commit_url(api, repo_id, now), now)
+                    if create_pr:
+                        now = head
+                        for ref, oid in _pull_requests(api, repo_id).items():
+                            if ref not in opened and _landed(api, repo_id, contents, oid):
+                                url = f"{api.endpoint}/{repo_id}/discussions/{ref.rsplit('/', 1)[-1]}"
+                                return PushResult(repo_id, _commit_url(api, repo_id, oid), oid, url)
+                    else:
+                        now = api.model_info(repo_id, revision=branch).sha or ""
+                        if now != head and _landed(api, repo_id, contents, now):
+                            return PushResult(repo_id, _commit_url(api, repo_id, now), now)
             except PriorConnectionError:
                 raise PriorConnectionError(
                     f"{error} Whether this push landed could not be found out: look at {repo_id} before pushing again."
@@ -551,6 +575,12 @@ def _commit(
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
+
+
+def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
+    """References of the pull requests ("refs/pr/1") and the commits they are at."""
+    refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+    return {ref.ref: ref.target_commit for ref in refs}
 
 
 def _check_hashes(config: PriorConfig, operations: list[Any]) -> None:
@@ -670,9 +700,10 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     except RevisionNotFoundError as error:
         raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit. Check revision=.") from error
     except LocalEntryNotFoundError as error:
+        why = _first_line(error.__cause__) if error.__cause__ else "offline, or local_files_only"
         raise PriorConnectionError(
-            f"{at} is not in the local cache, and the Hub cannot be asked (offline, or local_files_only). Connect once, "
-            "or check cache_dir."
+            f"{at} is not in the local cache, and the Hub cannot be asked ({why.rstrip('.')}). Connect once, try again in a "
+            "while, or check cache_dir."
         ) from error
     except EntryNotFoundError as error:
         raise PriorNotFoundError(
@@ -680,7 +711,9 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             "a folder of the repository, pass subfolder=."
         ) from error
     except (RevisionResolutionError, OfflineModeIsEnabled) as error:
-        raise PriorConnectionError(f"{at} cannot be looked up: {_first_line(error)} Connect, or use a cached copy.") from error
+        raise PriorConnectionError(
+            f"{at} cannot be looked up: {_first_line(error)} Connect, try again in a while, or use a cached copy."
+        ) from error
     except LocalTokenNotFoundError as error:
         raise PriorAccessError(f"{at}: token=True was given, but nobody is logged in here (`hf auth login`).") from error
     except HfHubHTTPError as error:
@@ -690,7 +723,9 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
                 f"the Hub refuses {at} ({status}): {_first_line(error)} Check the token and its role."
             ) from error
         if 400 <= status < 500 and status not in _TRY_AGAIN:
-            raise PriorHubError(f"the Hub does not accept the request for {at} ({status}): {_first_line(error)}") from error
+            raise PriorHubError(
+                f"the Hub does not accept the request for {at} ({status}): {_first_line(error)} Check what was asked for."
+            ) from error
         patience = "is asked too often" if status == 429 else "failed"
         raise PriorConnectionError(
             f"the Hub {patience} on {at} ({status}): {_first_line(error)} Try again in a while."
@@ -715,6 +750,9 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             f"what answered for {at} is not the Hub: no JSON ({error}). A proxy or a login page may stand in between."
         ) from error
     except ValueError as error:
+        if isinstance(error.__cause__, Exception) and "force" in str(error).lower():  # "Force download failed ..."
+            with _explained(repo_id, revision, subfolder):
+                raise error.__cause__ from None
         if "Invalid metadata in README.md" not in str(error):
             raise
         raise PriorFormatError(
