@@ -31,7 +31,7 @@ def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 def not_survived(result: dict[str, Any]) -> list[str]:
     rows = result["faults"] + result["scenarios"]
     return [
-        f"{row.get('operation', row.get('scenario'))}, {row.get('label')}, {row.get('request')}: {row['outcome']}: {row['wrong']}"
+        f"{row.get('operation', row.get('scenario'))}, {row.get('label')}: {row['outcome']}: {row['wrong']}"
         for row in rows
         if row["wrong"]
     ]
