@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,39 @@ def deleted(world: World) -> Finding:
     return "clear error", wrong + list(world.differences(found, world.old))
 
 
+def silent(world: World) -> Finding:
+    """A Hub that takes requests and never answers: nothing hangs, nothing lands, at whatever request it falls silent."""
+    from loopback_hub import HungUp
+
+    publish(world, world.old)
+    wrong = []
+    pull, push = (lambda: world.PriorModel.from_pretrained(REPO, cache_dir=world.cache)), (lambda: world.new.push_to_hub(REPO))
+    for action, path in (
+        (pull, "/api/models/"), (pull, "/resolve/"), (pull, "^/lfs/"),
+        (push, "/repos/create"), (push, "/revision/"), (push, "validate-yaml"), (push, "/preupload/"), (push, "/upload/"),
+        (push, "/commit/"),
+    ):  # fmt: skip
+        gone = threading.Event()
+
+        def nothing(gone: threading.Event = gone) -> None:
+            gone.wait(60)
+            raise HungUp
+
+        before = world.references(REPO, None)
+        world.hub.add_fault("call", function=nothing, path=path, times=-1)
+        start = time.monotonic()
+        error = error_of(world, action)
+        seconds = time.monotonic() - start
+        world.hub.clear_faults()
+        gone.set()
+        world.settle()
+        wrong += [] if isinstance(error, world.PriorConnectionError) else [f"{path}: {error!r}"]
+        wrong += [] if seconds < 30 else [f"{path}: back after {seconds:.0f} s"]
+        wrong += [] if world.references(REPO, None) == before else [f"{path}: something landed"]
+        shutil.rmtree(world.cache, ignore_errors=True)
+    return "clear error", wrong
+
+
 # ------------------------------------------------------------------------------------------------------------- processes
 def pulled_at_once(world: World, processes: int) -> Finding:
     publish(world, world.old)
@@ -270,6 +304,7 @@ SCENARIOS: dict[str, Callable[[World], Finding]] = {
     "pull and push, offline, cached copy": lambda world: is_offline(world, True),
     "pull and push, offline, no copy": lambda world: is_offline(world, False),
     "pull, repository deleted, cached copy": deleted,
+    "pull and push, the Hub never answers": silent,
     "pull, two processes at once": lambda world: pulled_at_once(world, 2),
     "pull, four processes at once": lambda world: pulled_at_once(world, 4),
     "push, two different priors at once": pushed_at_once,

@@ -72,6 +72,10 @@ def answered(status: int, **more: Any) -> Kind:
     return Kind("status", {"status": status, **more})
 
 
+PASSING = (
+    "connection closed", "connection reset", "closed in the body", "reset in the body", "truncated body", "flipped byte",
+    "stalled body", "slow answer", "lost answer", "429", "429 with Retry-After", "500", "503",
+)  # fmt: skip
 KINDS: dict[str, Kind] = {
     "connection closed": Kind("close", for_good=True),
     "connection reset": Kind("reset"),
@@ -198,7 +202,7 @@ class World:
         from priors_for_tests import differences, random_prior
 
         from prior_hub.cli import main
-        from prior_hub.errors import PriorHubError, PriorNotFoundError
+        from prior_hub.errors import PriorConnectionError, PriorHubError, PriorNotFoundError
         from prior_hub.model import PriorModel
         from prior_hub.registry import hub as registry
         from prior_hub.registry.hub import download_config, push_folder
@@ -210,6 +214,7 @@ class World:
             module.time = Hasty()
         self.differences, self.PriorModel, self.PriorHubError = differences, PriorModel, PriorHubError
         self.PriorNotFoundError, self.download_config, self.main = PriorNotFoundError, download_config, main
+        self.PriorConnectionError = PriorConnectionError
         self.random_prior, self.push_folder = random_prior, push_folder
         self.old, self.new, self.theirs = (random_prior(seed) for seed in (OLD, NEW, THEIRS))
         self.new.save_pretrained(self.folder)
