@@ -76,6 +76,10 @@ PASSING = (
     "connection closed", "connection reset", "closed in the body", "reset in the body", "truncated body", "flipped byte",
     "stalled body", "slow answer", "lost answer", "429", "429 with Retry-After", "500", "503",
 )  # fmt: skip
+ALSO_AT_THE_MAIN_REQUEST = (
+    "closed in the body", "reset in the body", "truncated body", "flipped byte", "stalled body", "slow answer", "lost answer",
+    "concurrent push", "interrupted (SIGINT)", "killed (SIGKILL)", "not JSON",
+)  # fmt: skip
 KINDS: dict[str, Kind] = {
     "connection closed": Kind("close", for_good=True),
     "connection reset": Kind("reset"),
@@ -547,6 +551,8 @@ def judge_repetition(world: World, operation: Operation, outcome: str) -> list[s
     """The same again without a fault succeeds, and a client that has seen nothing reads a whole prior."""
     name = target_of(operation)
     again, message, result = attempt(world, operation, "")
+    if "already has a tag" in message and outcome in ("done", "retried"):
+        return []  # it was pushed and tagged the first time, and somebody else pushed since
     if again != "done":
         return [f"repeated: {again}: {message[:400]}"]
     wrong = []
@@ -599,16 +605,23 @@ def injections(world: World, name: str) -> list[Injection]:
 
 
 def covering(plan: list[Injection]) -> list[Injection]:
-    """Every operation with every kind, each time at the next of its requests, so that every request meets some kinds."""
+    """Every operation with every kind, each time at the next of its requests, so that every request meets some kinds.
+
+    What alters answers or falls between two requests also hits the request that matters most: the weights, the commit.
+    """
     eligible: dict[tuple[str, str], list[Injection]] = {}
     for injection in plan:
         eligible.setdefault((injection.operation, injection.label), []).append(injection)
     kept = []
     met: Counter[tuple[str, int]] = Counter()
     for possible in eligible.values():
-        chosen = min(possible, key=lambda injection: (met[injection.operation, injection.number], injection.number))
-        met[chosen.operation, chosen.number] += 1
-        kept.append(chosen)
+        chosen = [min(possible, key=lambda injection: (met[injection.operation, injection.number], injection.number))]
+        main = [i for i in possible if re.search(r"GET /lfs/|POST .*/commit/", i.request)][-1:]
+        if possible[0].kind in ALSO_AT_THE_MAIN_REQUEST and main != chosen:
+            chosen += main
+        for injection in chosen:
+            met[injection.operation, injection.number] += 1
+        kept += chosen
     return kept
 
 

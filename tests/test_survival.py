@@ -146,7 +146,10 @@ def test_a_silent_hub_ends_a_push_and_the_session_gets_its_own_time_out_back(hub
 def test_a_bit_that_flips_in_a_small_file_on_the_way_is_noticed_although_it_still_reads(hub, repo, tmp_path, name):
     """A digit of the scale, a letter of a person's text: nothing of it would be seen otherwise."""
     text = Path(hf_hub_download(repo, name, cache_dir=tmp_path / "other")).read_bytes()
-    word = b'"scale": 0.3' if name == "prior_config.json" else b"scale"
+    word = b'"scale": 0.3' if name == "prior_config.json" else b"A person wrote this"
+    if name == "README.md":
+        text += word
+        HfApi().upload_file(path_or_fileobj=text, path_in_repo=name, repo_id=repo)
     other = text.replace(word, word[:-1] + bytes([word[-1] ^ 1]), 1)
     assert other != text
     assert len(other) == len(text)
@@ -154,7 +157,7 @@ def test_a_bit_that_flips_in_a_small_file_on_the_way_is_noticed_although_it_stil
     if name == "README.md":
         second = random_prior(seed=1).push_to_hub(repo)
         shown = Path(hf_hub_download(repo, name, revision=second.commit_hash, cache_dir=tmp_path)).read_text()
-        assert "scald" not in shown
+        assert "A person wrote this" in shown
     else:
         assert_same(PriorModel.from_pretrained(repo, cache_dir=tmp_path / "cache"), random_prior())
     assert fault["hits"] == 1

@@ -488,6 +488,8 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     try:
         with _explained(repo_id, None, None):
             api.create_tag(repo_id, tag=tag, revision=commit)
+            if _tagged(api, repo_id, tag) != commit:  # the client does not read the answer
+                raise PriorConnectionError("what answered is not the Hub. Try again.")
     except PriorHubError as error:
         with contextlib.suppress(PriorHubError), _explained(repo_id, None, None):
             if _tagged(api, repo_id, tag) == commit:
