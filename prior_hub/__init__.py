@@ -17,6 +17,7 @@ from prior_hub.errors import (
     PriorFormatError,
     PriorHubError,
     PriorMatchError,
+    PriorMetadataError,
     PriorNotFoundError,
     PriorNumericsError,
     PriorStorageError,
@@ -58,6 +59,7 @@ _LAZY = {
     "SwagEstimator": "prior_hub.learning.swag",
     "TemperatureScaling": "prior_hub.inference.metrics",
     "TwoViews": "prior_hub.learning.views",
+    "add_to_collection": "prior_hub.registry.collections",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
     "disagreement": "prior_hub.inference.diagnostics",
@@ -96,6 +98,7 @@ __all__ = [
     "PriorFormatError",
     "PriorHubError",
     "PriorMatchError",
+    "PriorMetadataError",
     "PriorModel",
     "PriorNotFoundError",
     "PriorNumericsError",
@@ -117,6 +120,7 @@ __all__ = [
     "TemperatureScaling",
     "TwoViews",
     "__version__",
+    "add_to_collection",
     "chain_diagnostics",
     "classification_metrics",
     "disagreement",
@@ -161,6 +165,7 @@ if TYPE_CHECKING:
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
+    from prior_hub.registry.collections import add_to_collection
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ __all__ = [
     "PriorFormatError",
     "PriorHubError",
     "PriorMatchError",
+    "PriorMetadataError",
     "PriorNotFoundError",
     "PriorNumericsError",
     "PriorStorageError",
@@ -30,6 +31,10 @@ class PriorFormatError(PriorHubError, ValueError):
 
 class PriorMatchError(PriorHubError, ValueError):
     """The names or shapes of a prior and a model do not fit together."""
+
+
+class PriorMetadataError(PriorHubError, ValueError):
+    """What a prior's card must tell a reader (licence, base model, data set, results) is missing or not in the Hub's form."""
 
 
 class PriorNumericsError(PriorHubError, ArithmeticError):

@@ -10,9 +10,7 @@ from prior_hub.inference.metrics import reliability_bins
 from prior_hub.plots import (
     _apart,
     _coloured,
-    _label_blocks,
     _picture,
-    _singular_values,
     plot_average,
     plot_comparison,
     plot_prior,
@@ -76,26 +74,6 @@ def test_nothing_to_compare_is_an_error(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_a_prior_is_drawn_at_every_rank(tmp_path, rank):
     assert plot_prior(prior(rank), tmp_path / "prior.png").read_bytes()[:4] == PNG
-
-
-@pytest.mark.parametrize(("rank", "scale"), [(2, 1.0), (3, 7.0)])
-def test_singular_values_are_those_of_the_dense_low_rank_part(rank, scale):
-    p = prior(rank, scale)
-    d = torch.cat([rows.reshape(rank, -1).double() for rows in p.deviations.values()], dim=1)  # (K, P)
-    dense = torch.linalg.eigvalsh(scale * p.gaussian.low_rank_weight * d.T @ d).flip(0)[:rank].sqrt()
-    assert _singular_values(p) == pytest.approx(dense.tolist(), rel=1e-9)
-
-
-def test_labels_name_the_blocks_without_the_prefix_they_share():
-    class Panel:
-        def set_xticks(self, ticks, labels, **_):
-            self.found = dict(zip(ticks, labels, strict=True))
-
-    panel = Panel()
-    _label_blocks(panel, list(prior().mean))
-    assert panel.found == {0: "conv1", 1: "layer1.0", 2: "layer2.0"}
-    _label_blocks(panel, ["weight"])
-    assert panel.found == {0: "weight"}
 
 
 def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
