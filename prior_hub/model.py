@@ -209,7 +209,7 @@ class PriorModel:
                 downloaded = download_prior(name, force_download=force_download, **options)
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
             except PriorFormatError as damaged:
-                if local_files_only or force_download:
+                if local_files_only:
                     raise
                 # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
                 try:

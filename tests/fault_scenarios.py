@@ -203,10 +203,13 @@ def silent(world: World) -> Finding:
     wrong = []
     pull, push = (lambda: world.PriorModel.from_pretrained(REPO, cache_dir=world.cache)), (lambda: world.new.push_to_hub(REPO))
     for action, path in (
-        (pull, "/api/models/"), (pull, "/resolve/"), (pull, "^/lfs/"),
-        (push, "/repos/create"), (push, "/revision/"), (push, "validate-yaml"), (push, "/preupload/"), (push, "/upload/"),
+        (pull, "/api/models/"),
+        (pull, "^/lfs/"),
+        (push, "/repos/create"),
+        (push, "/preupload/"),
+        (push, "/upload/"),
         (push, "/commit/"),
-    ):  # fmt: skip
+    ):
         gone = threading.Event()
 
         def nothing(gone: threading.Event = gone) -> None:

@@ -330,7 +330,7 @@ class World:
             self.reset(OPERATIONS["pull, cold"])
             start = time.monotonic()
             try:
-                with bounded(BOUND):
+                with bounded(4 * BOUND):
                     outcome, wrong = scenario(self)
             except Impossible as reason:
                 outcome, wrong = f"not tried: {reason}", []
