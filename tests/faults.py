@@ -541,7 +541,8 @@ def judge_state(world: World, operation: Operation, before: dict[str, list[str]]
         except world.PriorHubError as error:
             if operation.warm:
                 wrong.append(f"the cached copy is lost: {error}")
-    left = [path.name for path in world.tmp.iterdir() if not path.name.startswith("pymp-")]
+    left = [path.name for path in world.tmp.iterdir()]
+    left += [path.name for path in world.cache.rglob("*.incomplete")]
     if left and outcome != "killed":
         wrong.append(f"left behind: {left}")
     return wrong
@@ -573,7 +574,7 @@ def judge_repetition(world: World, operation: Operation, outcome: str) -> list[s
         wrong += [] if found == "new" else [f"a clean client reads {found}"]
     elif type(result).__name__ != "PriorConfig" and world.name_of(result) not in ("old", "theirs"):
         wrong.append(f"the repetition loads {world.name_of(result)}")
-    left = [path.name for path in world.tmp.iterdir() if not path.name.startswith("pymp-")]
+    left = [path.name for path in world.tmp.iterdir()]
     if left:
         wrong.append(f"left behind after the repetition: {left}")
         for path in world.tmp.iterdir():
