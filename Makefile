@@ -8,7 +8,7 @@ WORKERS ?= logical
 SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: help demo test test-slow test-all test-xet test-lowest lint bench fuzz clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint faults bench fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.installed  ## break every kind of request of every operation, table into docs/faults.md, about 5 minutes
+	$(BIN)/python tests/faults.py --json docs/faults.json --markdown docs/faults.md
 
 bench: $(VENV)/.installed  ## benchmarks, figures into benchmarks/RESULTS.md, 35 minutes on 2 slow cores (BENCH_ALL=1: with the long ones)
 	$(BIN)/python benchmarks/run_all.py $(BENCH)

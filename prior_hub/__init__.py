@@ -17,8 +17,10 @@ from prior_hub.errors import (
     PriorFormatError,
     PriorHubError,
     PriorMatchError,
+    PriorMetadataError,
     PriorNotFoundError,
     PriorNumericsError,
+    PriorStorageError,
     PriorWarning,
 )
 
@@ -60,6 +62,7 @@ _LAZY = {
     "SwagEstimator": "prior_hub.learning.swag",
     "TemperatureScaling": "prior_hub.inference.metrics",
     "TwoViews": "prior_hub.learning.views",
+    "add_to_collection": "prior_hub.registry.collections",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
     "compare_priors": "prior_hub.priors.comparison",
@@ -106,10 +109,12 @@ __all__ = [
     "PriorHubError",
     "PriorInfo",
     "PriorMatchError",
+    "PriorMetadataError",
     "PriorModel",
     "PriorNotFoundError",
     "PriorNumericsError",
     "PriorPenalty",
+    "PriorStorageError",
     "PriorTrainer",
     "PriorTrainerMixin",
     "PriorTrainingArguments",
@@ -126,6 +131,7 @@ __all__ = [
     "TemperatureScaling",
     "TwoViews",
     "__version__",
+    "add_to_collection",
     "chain_diagnostics",
     "classification_metrics",
     "compare_priors",
@@ -176,6 +182,7 @@ if TYPE_CHECKING:
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
+    from prior_hub.registry.collections import add_to_collection
     from prior_hub.registry.search import PriorFit, PriorInfo, list_priors, prior_info, priors_for, search_priors
 
 
