@@ -90,7 +90,14 @@ def main() -> int:
     outside = sorted({link.target for link in found if is_external(link.target)})
     if arguments.external:
         print("\n".join(outside))
-    print("\n".join([*problems, f"{len(files)} files, {len(found)} links, {len(problems)} broken, {len(outside)} addresses elsewhere not followed"]))
+    print(
+        "\n".join(
+            [
+                *problems,
+                f"{len(files)} files, {len(found)} links, {len(problems)} broken; {len(outside)} addresses elsewhere: not followed",
+            ]
+        )
+    )
     return 1 if problems else 0
 
 

@@ -1,11 +1,12 @@
 """The picture of the README: a loss surface over two weights, three times: python docs/figure.py writes docs/idea.png.
 
 Everything in it is computed. A classifier of two weights (logistic regression) learns a source task of 400 examples whose two
-inputs are nearly equal, so that the sum of the weights is well determined and their difference is not. A Langevin chain (`SGLD`)
-walks through its posterior, `SwagEstimator` makes a prior of the walk. The target task has 12 examples; its true weights differ
-from the source's along the direction that the source task left open, which is the case a learned prior is made for. Drawn, in
-nats per example: the target's mean negative log-likelihood, and that plus penalty / N under an isotropic prior of the same mean and total variance, and under the
-learned one. The example is made to show the idea; it is no evidence that learned priors help (README, "What to expect").
+inputs are nearly equal, so that the sum of the weights is well determined and their difference is not. A Langevin chain
+(`SGLD`) walks through its posterior, `SwagEstimator` makes a prior of the walk. The target task has 12 examples; its true
+weights differ from the source's along the direction that the source task left open, which is the case a learned prior is made
+for. Drawn, in nats per example: the target's mean negative log-likelihood, and that plus penalty / N under an isotropic prior
+of the same mean and total variance, and under the learned one. Tasks, seed and scale were chosen so that the three differ
+visibly: it shows the idea, and is no evidence that learned priors help (README, "What to expect").
 """
 
 from __future__ import annotations
@@ -110,11 +111,15 @@ def draw(idea: Idea, path: Path) -> None:
     levels = [0.1 * 1.25**i for i in range(18)]
     for panel, prior, title in zip(panels, priors, titles, strict=True):
         values = idea.loss(grid, prior)
-        shown = panel.contourf(axis, axis, values.clamp(min=levels[0], max=levels[-1]), levels=levels, cmap="Blues_r", norm="log")
+        shown = panel.contourf(
+            axis, axis, values.clamp(min=levels[0], max=levels[-1]), levels=levels, cmap="Blues_r", norm="log"
+        )
         panel.contour(axis, axis, values, levels=levels, colors="white", linewidths=0.4)
         mean = idea.learned.mean[NAME].reshape(2)
         panel.plot(*mean, "o", color="black", markersize=5, label="mean of the source task")
-        panel.plot(*TARGET_WEIGHTS, "*", color="#D55E00", markersize=13, markeredgecolor="white", label="true weights of the target")
+        panel.plot(
+            *TARGET_WEIGHTS, "*", color="#D55E00", markersize=13, markeredgecolor="white", label="true weights of the target"
+        )
         if prior is not None:
             variances, directions = torch.linalg.eigh(covariance(prior))
             angle = math.degrees(math.atan2(float(directions[1, 1]), float(directions[0, 1])))

@@ -1,7 +1,7 @@
 """A hook of mkdocs: links that leave docs/ for another file of the repository.
 
-On GitHub and in an editor `[the grid](../benchmarks/transfer/README.md)` leads to the file. The site holds docs/ only: there the
-link goes to the file in `repo_url` (mkdocs.yml), and while there is no public repository the text names the file instead.
+On GitHub and in an editor `[the grid](../benchmarks/transfer/README.md)` leads to the file. The site holds docs/ only: there
+the link goes to the file in `repo_url` (mkdocs.yml), and while there is no public repository the text names the file instead.
 tests/test_docs.py checks that every such file exists.
 """
 

@@ -49,8 +49,8 @@ def cli_page() -> str:
     parts = [
         "# The command line",
         GENERATED,
-        "Every command prints its own help with `--help`. With `--json` it prints one JSON object, errors too. Exit codes: 0 done; "
-        "1 the prior, the Hub or the disk said no, and the message says what and what to do; 2 the command was not understood; "
+        "Every command prints its own help with `--help`. With `--json` it prints one JSON object, errors too. Exit codes: 0 done; 1 "
+        "the prior, the Hub or the disk said no, and the message says what and what to do; 2 the command was not understood; "
         "130 interrupted. A prior is named as everywhere on the Hub, `organisation/name`, or is a folder. The "
         "[transcript](transcript.md) shows what each command prints.\n",
         "| command | what it does |\n|---|---|",
@@ -64,7 +64,9 @@ def cli_page() -> str:
 
 
 def _options(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    actions = [action for action in parser._actions if action.help != argparse.SUPPRESS and "--help" not in action.option_strings]
+    actions = [
+        action for action in parser._actions if action.help != argparse.SUPPRESS and "--help" not in action.option_strings
+    ]
     places = [action for action in actions if not action.option_strings]
     words = [f"[{action.dest}]" if action.nargs == "?" else str(action.metavar or action.dest) for action in places]
     needed = [f"{a.option_strings[-1]} {a.metavar}" for a in actions if a.option_strings and a.required]
@@ -112,12 +114,14 @@ def api_pages() -> dict[str, str]:
     overview = [
         "# API reference",
         GENERATED,
-        "Every public name, imported from `prior_hub`; importing the package loads neither torch nor transformers until a name is "
-        "used. Penalties are in nats, sizes in bytes, times in seconds. Errors are kinds of `PriorHubError`.\n",
+        "Every public name, imported from `prior_hub`; importing the package loads neither torch nor transformers until a name "
+        "is used. Penalties are in nats, sizes in bytes, times in seconds. Errors are kinds of `PriorHubError`.\n",
     ]
     pages = {}
     for room, title in ROOMS.items():
-        names = sorted((n for n, module in named.items() if room_of(module) == room), key=lambda n: (n.startswith("_"), n.lower()))
+        names = sorted(
+            (n for n, module in named.items() if room_of(module) == room), key=lambda n: (n.startswith("_"), n.lower())
+        )
         overview += [f"\n## {title}\n", "| name | |\n|---|---|"]
         overview += [f"| [`{name}`](api/{room}.md) | {_cell(summary(name, named[name]))} |" for name in names]
         directives = "\n\n".join(f"::: {named[name]}.{name}" for name in names)
@@ -154,16 +158,18 @@ def prior_table() -> str:
         source = f"{config['source'].get('objective', '')}, {config['source'].get('dataset', '')}"
         state = "made with this library, not uploaded yet" if made else "a recipe: not converted here, not uploaded"
         name = path.stem
-        rows.append(f"| [{name}](model_cards/{name}.md) | {_cell(source)} | {config['num_parameters']:,} | {config['rank']} | {state} |")
+        rows.append(
+            f"| [{name}](model_cards/{name}.md) | {_cell(source)} | {config['num_parameters']:,} | {config['rank']} | {state} |"
+        )
     return "\n".join(rows)
 
 
 def with_block(text: str, name: str, block: str) -> str:
     """A text with the block between its two comments replaced."""
-    pattern = re.compile(rf"(<!-- {name}: written by docs/make.py -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name}: written by docs/make.py -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"README.md has no '<!-- {name}: written by docs/make.py -->' with its end.")
-    return pattern.sub(lambda found: found[1] + block + found[2], text)
+    return pattern.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
 
 
 def files() -> dict[str, str]:

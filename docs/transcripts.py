@@ -3,7 +3,7 @@
     python docs/transcripts.py            # writes docs/transcript.md, some minutes on two slow cores
     python docs/transcripts.py --check    # compares what is printed now with docs/transcript.md, numbers and hashes aside
 
-STORY is the table: scenes of commands and Python programs, in order, each run in one new folder with an empty Hub client's cache
+STORY is the table: scenes of commands and Python programs, in order, run in one new folder with an empty cache of the Hub client
 against tests/loopback_hub.py. To show a new command add a `Sh("prior-hub NAME ...")` where it belongs: tests/test_docs.py fails
 while a command of the parser is in no scene. Nothing that was printed is edited but what differs between two runs: the address
 of the loopback server (written as the Hub's), hashes of commits, temporary folders, durations.
@@ -234,7 +234,10 @@ def record() -> Iterator[str]:
         }  # fmt: skip
 
         def tidy(text: str) -> str:
-            for found, written in ((hub.endpoint, "https://huggingface.co"), (str(base / "cache"), f"{HOME}/.cache/huggingface")):
+            for found, written in (
+                (hub.endpoint, "https://huggingface.co"),
+                (str(base / "cache"), f"{HOME}/.cache/huggingface"),
+            ):
                 text = text.replace(found, written)
             return _same_each_time(text.replace(str(work), HOME).replace(str(base), "/tmp"))
 
@@ -268,8 +271,7 @@ def _same_each_time(text: str) -> str:
     text = re.sub(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])", "<commit>", text)
     text = re.sub(r"(@ |\(?commit )[0-9a-f]{8}(?![0-9a-f])", r"\1<commit>", text)
     text = re.sub(r"\b\d+(\.\d+)? s\b", "... s", text)
-    text = re.sub(r"('train_(?:runtime|samples_per_second|steps_per_second)': )'?[\d.e+-]+'?", r"\1...", text)
-    return text
+    return re.sub(r"('train_(?:runtime|samples_per_second|steps_per_second)': )'?[\d.e+-]+'?", r"\1...", text)
 
 
 def masked(text: str) -> str:
@@ -285,9 +287,9 @@ _HEAD = """\
 <!-- written by docs/transcripts.py -->
 
 Every command, run in order by `python docs/transcripts.py` in a new folder, with an empty cache, against a Hub server on this
-machine (`tests/loopback_hub.py`) that stands for huggingface.co: prior_hub has not been tried against huggingface.co itself yet. The
-output is as it was printed, error messages included; only the server's address, hashes of commits, temporary folders and durations
-are replaced. `alice` is logged in (`HF_TOKEN`).
+machine (`tests/loopback_hub.py`) that stands for huggingface.co; prior_hub has not been tried against huggingface.co itself.
+The output is as it was printed, error messages included; only the server's address, hashes of commits, temporary folders and
+durations are replaced. `alice` is logged in (`HF_TOKEN`).
 """
 
 
