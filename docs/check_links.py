@@ -94,7 +94,7 @@ def main() -> int:
         "\n".join(
             [
                 *problems,
-                f"{len(files)} files, {len(found)} links, {len(problems)} broken; {len(outside)} addresses elsewhere: not followed",
+                f"{len(files)} files, {len(found)} links, {len(problems)} broken; {len(outside)} addresses not followed",
             ]
         )
     )

@@ -49,9 +49,9 @@ def cli_page() -> str:
     parts = [
         "# The command line",
         GENERATED,
-        "Every command prints its own help with `--help`. With `--json` it prints one JSON object, errors too. Exit codes: 0 done; 1 "
-        "the prior, the Hub or the disk said no, and the message says what and what to do; 2 the command was not understood; "
-        "130 interrupted. A prior is named as everywhere on the Hub, `organisation/name`, or is a folder. The "
+        "Every command prints its own help with `--help`. With `--json` it prints one JSON object, errors too. Exit codes: 0 "
+        "done; 1 the prior, the Hub or the disk said no, and the message says what and what to do; 2 the command was not "
+        "understood; 130 interrupted. A prior is named as everywhere on the Hub, `organisation/name`, or is a folder. The "
         "[transcript](transcript.md) shows what each command prints.\n",
         "| command | what it does |\n|---|---|",
     ]

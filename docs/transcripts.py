@@ -3,7 +3,7 @@
     python docs/transcripts.py            # writes docs/transcript.md, some minutes on two slow cores
     python docs/transcripts.py --check    # compares what is printed now with docs/transcript.md, numbers and hashes aside
 
-STORY is the table: scenes of commands and Python programs, in order, run in one new folder with an empty cache of the Hub client
+STORY is the table: scenes of commands and Python programs, in order, run in one new folder with an empty cache
 against tests/loopback_hub.py. To show a new command add a `Sh("prior-hub NAME ...")` where it belongs: tests/test_docs.py fails
 while a command of the parser is in no scene. Nothing that was printed is edited but what differs between two runs: the address
 of the loopback server (written as the Hub's), hashes of commits, temporary folders, durations.
