@@ -54,7 +54,7 @@ lint: $(VENV)/.installed  ## ruff and mypy
 
 docs: .venv-docs/.installed  ## the documentation into build/site: a broken link, anchor or name is an error; needs no torch
 	$(PYTHON) docs/check_links.py
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 docs-serve: .venv-docs/.installed  ## the documentation at http://127.0.0.1:8000, built again when a file changes
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs serve
