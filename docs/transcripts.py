@@ -320,7 +320,7 @@ def masked(text: str) -> str:
     """Without numbers, hashes and the width of columns, which differ between machines and versions of libraries."""
     text = re.sub(r"(?<![0-9a-zA-Z])[0-9a-f]{12,64}(?![0-9a-zA-Z])", "#", text)
     text = re.sub(r"[-+]?\d[\d,]*(?:\.\d+)*(?:e[-+]?\d+)?", "#", text)
-    return re.sub(r"[ \t]+", " ", text)
+    return re.sub(r"[ \t]+", " ", re.sub(r"\n {2,}", " ", text))  # lines that were broken where the numbers were longer
 
 
 _HEAD = """\
