@@ -114,8 +114,8 @@ print(len(rows), "images")
         "Publish it",
         "A line that a person adds to the card survives the next push.",
         (
-            Sh("prior-hub card digits-prior | head -20"),
-            Sh("prior-hub push digits-prior alice/digits-prior --dry-run"),
+            Sh("prior-hub card digits-prior | sed -n '1,20p'"),
+            Sh("prior-hub push digits-prior alice/digits-prior --dry-run | sed -n '1,30p'"),
             Sh("prior-hub push digits-prior alice/digits-prior --tag v1.0 --message 'First version'"),
             Sh("printf '\\nTried on digits 5-9.\\n' >> digits-prior/README.md"),
             Sh("prior-hub push digits-prior alice/digits-prior --message 'What it was tried on'"),
@@ -159,7 +159,7 @@ print(prior_info("alice/digits-prior").rank)
         "Take it",
         "",
         (
-            Sh("prior-hub info alice/digits-prior --revision v1.0 --json | head -5"),
+            Sh("prior-hub info alice/digits-prior --revision v1.0 --json | sed -n '1,5p'"),
             Sh("prior-hub pull alice/digits-prior --revision v1.0 --rank 4 --output mine"),
             Sh("HF_HUB_OFFLINE=1 prior-hub pull alice/digits-prior --revision v1.0"),
         ),
@@ -301,10 +301,11 @@ def _run(step: Sh | Py, work: Path, environment: dict[str, str], tidy: object) -
         if not os.environ.get("KEEP_GOING"):
             raise SystemExit(problem)
         print(f"PROBLEM {problem}", file=sys.stderr)
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`{3,}", output)), 3)  # a card has fences of its own
     if isinstance(step, Sh):
         code = f"(exit code {result.returncode})\n" if result.returncode else ""
-        return f"```console\n$ {step.text}\n{output}{code}```\n"
-    return f"```python\n{step.text}```\n" + (f"\n```text\n{output}```\n" if output else "")
+        return f"{fence}console\n$ {step.text}\n{output}{code}{fence}\n"
+    return f"```python\n{step.text}```\n" + (f"\n{fence}text\n{output}{fence}\n" if output else "")
 
 
 def _same_each_time(text: str) -> str:
