@@ -8,7 +8,7 @@ WORKERS ?= logical
 SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: help demo test test-slow test-all test-xet test-lowest lint faults bench fuzz clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint docs docs-serve faults bench fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,8 +56,21 @@ lint: $(VENV)/.installed  ## ruff and mypy
 faults: $(VENV)/.installed  ## break every kind of request of every operation, table into docs/faults.md, about 5 minutes
 	$(BIN)/python tests/faults.py --json docs/faults.json --markdown docs/faults.md
 
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > .venv-docs/docs.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-docs/docs.txt
+	@touch $@
+
+docs: .venv-docs/.installed  ## the documentation into build/site: a broken link, anchor or name is an error; needs no torch
+	$(PYTHON) docs/check_links.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+docs-serve: .venv-docs/.installed  ## the documentation at http://127.0.0.1:8000, built again when a file changes
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs serve
+
 bench: $(VENV)/.installed  ## benchmarks, figures into benchmarks/RESULTS.md, 35 minutes on 2 slow cores (BENCH_ALL=1: with the long ones)
 	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .venv-lowest demo_output example_output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-docs build demo_output example_output .mypy_cache .ruff_cache .pytest_cache .hypothesis

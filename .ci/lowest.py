@@ -11,7 +11,8 @@ def main() -> None:
     """Print them, one a line."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    groups = [project["dependencies"], *(optional[name] for name in optional if name != "fuzz")]  # which no test needs
+    needless = ("docs", "fuzz")  # which no test needs
+    groups = [project["dependencies"], *(optional[name] for name in optional if name not in needless)]
     for requirement in [item for group in groups for item in group]:
         match = re.fullmatch(r"([A-Za-z0-9_.-]+)>=([0-9.]+)", requirement)
         if match:
