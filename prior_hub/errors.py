@@ -1,8 +1,8 @@
 """What can go wrong, by kind.
 
 Every error prior_hub raises on purpose is a `PriorHubError`; the kind says which room refused, the message says what was
-found, where, how much of it, and what to do. Errors of the libraries underneath (a full disk, a Trainer misuse) pass
-through unchanged.
+found, where, how much of it, and what to do. Errors of the libraries underneath (a full disk while saving, a Trainer misuse)
+pass through unchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
     "PriorMetadataError",
     "PriorNotFoundError",
     "PriorNumericsError",
+    "PriorStorageError",
     "PriorWarning",
 ]
 
@@ -50,6 +51,10 @@ class PriorAccessError(PriorHubError, PermissionError):
 
 class PriorConnectionError(PriorHubError, ConnectionError):
     """The Hub could not be reached, or answered with a failure of its own."""
+
+
+class PriorStorageError(PriorHubError, OSError):
+    """The disk under the cache or under a push said no: full, read-only, not permitted. `errno` and `filename` are its own."""
 
 
 class PriorWarning(UserWarning):

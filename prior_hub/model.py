@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,12 +25,12 @@ from prior_hub.errors import (
     PriorNotFoundError,
     PriorWarning,
 )
-from prior_hub.priors.adapters import adapter_remarks, refuse_other_adapter, refuse_other_scaling
+from prior_hub.priors.architecture import match_config
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
 from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
 from prior_hub.priors.legacy import legacy_files, read_legacy
-from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
+from prior_hub.priors.matching import Match, NameMap, canonical_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
 from prior_hub.registry.collections import add_to_collection
@@ -43,7 +42,7 @@ from prior_hub.registry.hub import (
     download_legacy,
     download_prior,
     plan_push,
-    scratch_folder,
+    push_folder,
     upload_prior,
 )
 
@@ -166,6 +165,7 @@ class PriorModel:
         rank: int | None = None,
         scale: float | None = None,
         verify: bool = True,
+        check: Callable[[PriorConfig], object] | None = None,
     ) -> PriorModel:
         """Load a prior from a local folder or from the Hub; a folder of that name wins, as everywhere on the Hub.
 
@@ -180,6 +180,8 @@ class PriorModel:
             rank: read only this many deviations (the first ones, as `truncated`).
             scale: use this scale instead of the stored one.
             verify: compare every file with its sha256 and refuse NaN and infinities; reads each byte once.
+            check: called with the configuration before weights are downloaded or read; what it raises is raised. With
+                `functools.partial(match_config, model=model)` a prior that does not fit fails after some kilobytes.
 
         Raises:
             PriorNotFoundError: no such folder, repository, revision, or no prior in it.
@@ -193,6 +195,8 @@ class PriorModel:
         repo_id = commit = None
         if path.is_dir():
             folder = path / (subfolder or "").strip("/")
+            if check is not None:
+                check(read_config(folder))
             stored = read_prior(folder, rank=rank, verify=verify)
         else:
             if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -207,14 +211,14 @@ class PriorModel:
                 "local_files_only": local_files_only,
             }
             try:
-                downloaded = download_prior(name, force_download=force_download, **options)
+                downloaded = download_prior(name, force_download=force_download, check=check, **options)
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
             except PriorFormatError as damaged:
-                if local_files_only or force_download:
+                if local_files_only:
                     raise
                 # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
                 try:
-                    downloaded = download_prior(name, repair=True, **options)
+                    downloaded = download_prior(name, repair=True, check=check, **options)
                 except PriorConnectionError:
                     raise damaged from None
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
@@ -512,26 +516,14 @@ class PriorModel:
 
         A prior over a LoRA adapter is refused for a model without one, of another rank or scaling, or on other modules.
         """
-        adapter = self.config.source.get("adapter")
-        adapter = adapter if isinstance(adapter, Mapping) else None
-        if name_map is None and on_mismatch == "error":
-            refuse_other_adapter(self.config.parameters, adapter, model, head=self.config.head_parameters)
-        match = match_parameters(
-            self.config.parameters,
+        return match_config(
+            self.config,
             model,
-            head_parameters=self.config.head_parameters,
-            tied_parameters=self.config.tied_parameters,
-            model_type=self.config.model_type,
             name_map=name_map,
             include_head=include_head,
             on_mismatch=on_mismatch,
             min_coverage=min_coverage,
         )
-        refuse_other_scaling(adapter, match, model)
-        remarks = adapter_remarks(adapter, match, model)
-        for remark in remarks:
-            warnings.warn(remark, PriorWarning, stacklevel=2)
-        return replace(match, remarks=(*match.remarks, *remarks)) if remarks else match
 
     def initialize(self, model: nn.Module, **matching: Any) -> Match:
         """Set the matched parameters of `model` to the prior's mean and its BatchNorm buffers to the stored ones.
@@ -717,10 +709,10 @@ class PriorModel:
         config = options.config(self.config)
         kinds = (self.mean, self.variance, self.deviations, self.buffers)
         size = sum(tensor.numel() * tensor.element_size() for tensors in kinds for tensor in tensors.values())
-        with tempfile.TemporaryDirectory(prefix="prior-hub-push-", dir=scratch_folder(size)) as folder:
+        with push_folder(size) as folder:
             card = render_card(config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
-            self._write(Path(folder), card, max_shard_size)
-            yield Path(folder)
+            self._write(folder, card, max_shard_size)
+            yield folder
 
     def card(self, *, repo_id: str | None = None) -> str:
         """The text of the model card."""

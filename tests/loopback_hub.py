@@ -57,7 +57,7 @@ LICENSES = (  # the common ones of the Hub's list
 )
 FAULTS = {
     "status", "close", "reset", "drop", "truncate", "corrupt", "delay", "stall", "ignore_range", "header",
-    "lost_response",
+    "lost_response", "call",
 }  # fmt: skip
 NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.\-]{0,94}[\w\-])?")
 BAD_REFERENCE = re.compile(r"[\x00-\x20~^:?*\[\\]|\.\.|@\{|//|^/|/$|^-|\.lock$|\.$|^refs/|^$")
@@ -285,6 +285,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.collections: dict[str, Collection] = {}
         self.uploads: dict[str, Upload] = {}
+        self.cards: dict[str, str] = {}  # id of a README.md -> its metadata: a listing of many models reads them all
         self.log: list[Json] = []
         self._secret = secrets.token_bytes(16)
         self._faults: list[Json] = []
@@ -329,7 +330,7 @@ class LoopbackHub:
         anything is handled (unless after_bytes); drop(after_bytes): FIN inside the body; truncate(keep_bytes): a
         shorter body that looks complete; corrupt(offset): one byte flipped; delay(seconds) before handling;
         stall(after_bytes, seconds) inside the body; ignore_range(); header(set={}, remove=[]);
-        lost_response(rst=False): handled, never answered.
+        lost_response(rst=False): handled, never answered; call(function): what else happens just before handling.
         """
         if action not in FAULTS:
             raise ValueError(f"unknown fault action {action!r}; one of {sorted(FAULTS)}")
@@ -359,7 +360,7 @@ class LoopbackHub:
             self.log.clear()
 
     def matching_faults(self, role: str, method: str, target: str) -> list[Json]:
-        """Rules that hit this request: any number of delays and header changes, then at most one other."""
+        """Rules that hit this request: any number of delays, calls and header changes, then at most one other."""
         hits = []
         with self.lock:
             for rule in self._faults:
@@ -372,7 +373,7 @@ class LoopbackHub:
                     rule["times"] -= rule["times"] > 0
                     rule["hits"] += 1
                     hits.append(rule)
-                    if rule["action"] not in ("delay", "header"):
+                    if rule["action"] not in ("delay", "header", "call"):
                         break
         return hits
 
@@ -406,12 +407,17 @@ class LoopbackHub:
     def card(self, commit: Commit) -> Json:
         """The metadata block of README.md; {} if there is none or it is not YAML."""
         readme = commit.tree.get("README.md")
+        if readme and readme.oid in self.cards:
+            return json.loads(self.cards[readme.oid])
         match = CARD.match(self.read(readme).decode("utf-8", "replace")) if readme else None
         try:
             data = yaml.safe_load(match[1]) if match else None
         except yaml.YAMLError:
             data = None
-        return json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else {}
+        text = json.dumps(data, default=str) if isinstance(data, dict) else "{}"
+        if readme:
+            self.cards[readme.oid] = text
+        return json.loads(text)
 
     def sign(self, oid: str) -> str:
         """The query of a pre-signed URL: who has it may read the object."""
@@ -1055,7 +1061,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         hub, role = self.server.hub, self.server.role
         rules = hub.matching_faults(role, self.command, self.path)
-        self.fault: Json = next((r for r in rules if r["action"] not in ("delay", "header")), {})
+        self.fault: Json = next((r for r in rules if r["action"] not in ("delay", "header", "call")), {})
         self.header_faults = [r for r in rules if r["action"] == "header"]
         # logged on arrival, with the status filled in before the first byte goes out: who has the answer sees the entry
         self.entry: Json = {
@@ -1070,7 +1076,11 @@ class _Handler(BaseHTTPRequestHandler):
             if rule["action"] == "delay":
                 time.sleep(rule.get("seconds", 1))
         try:
-            self.send(self.respond(self.read_body()))
+            body = self.read_body()
+            for rule in rules:
+                if rule["action"] == "call":
+                    rule["function"]()
+            self.send(self.respond(body))
         except HungUp:
             self.close_connection = True
         finally:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -43,7 +47,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import GitRefs, RepoFile, RepoUrl
 
 from prior_hub import __version__
 from prior_hub.errors import (
@@ -52,6 +56,7 @@ from prior_hub.errors import (
     PriorFormatError,
     PriorHubError,
     PriorNotFoundError,
+    PriorStorageError,
 )
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_name
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
@@ -68,6 +73,12 @@ from prior_hub.registry.card import (
 from prior_hub.registry.completeness import check_complete, completed, missing_in, refuse_tokens
 from prior_hub.registry.evaluation import Evaluation, eval_results
 from prior_hub.registry.versions import Version, new_versions
+
+_fcntl: ModuleType | None
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows
+    _fcntl = None
 
 try:
     from huggingface_hub.errors import RevisionResolutionError
@@ -88,15 +99,21 @@ __all__ = [
     "download_legacy",
     "download_prior",
     "plan_push",
+    "push_folder",
     "scratch_folder",
     "upload_prior",
 ]
 
+_T = TypeVar("_T")
+
 LIBRARY_NAME = "prior-hub"
 _LARGE_PUSH = 256_000_000  # bytes
 _DOWNLOADS = 8  # files at a time
-_PUSH_TRIES = 3
-_PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
+_DISK_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on the Hub
+_TRIES = 3
+_WAIT = 1.0  # seconds before the second try; twice that before the third
+_PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
 
@@ -121,8 +138,125 @@ class PushResult:
     collection_url: str | None = None
 
 
+class _Api(HfApi):
+    """The client, with the patience that it has for files only.
+
+    Requests that may be repeated without harm are, when the Hub or the connection fails. The description of a repository is
+    waited for as long as that of a file (HF_HUB_ETAG_TIMEOUT), not for ever. A small file whose content is not what its name in
+    the cache says is downloaded once more: the client compares sizes only.
+    """
+
+    def repo_info(self, *args: Any, repo_type: str | None = None, **options: Any) -> ModelInfo:
+        """What resolve_revision asks, which has the cache to fall back on: not repeated."""
+        del repo_type
+        return super().model_info(*args, **options | {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT})
+
+    def resolve_revision(self, *args: Any, **options: Any) -> Any:
+        return _patiently(super().resolve_revision, *args, **options)
+
+    def model_info(self, *args: Any, **options: Any) -> ModelInfo:
+        return _patiently(self.repo_info, *args, **options)
+
+    def list_repo_refs(self, *args: Any, **options: Any) -> GitRefs:
+        return _patiently(super().list_repo_refs, *args, **options)
+
+    def get_paths_info(self, *args: Any, **options: Any) -> Any:
+        return _patiently(super().get_paths_info, *args, **options)
+
+    def update_repo_settings(self, *args: Any, **options: Any) -> None:
+        _patiently(super().update_repo_settings, *args, **options)
+
+    def create_tag(self, *args: Any, **options: Any) -> None:
+        _patiently(super().create_tag, *args, **options)  # one that is there already is a conflict: see `_tag`
+
+    def create_repo(self, *args: Any, exist_ok: bool = False, **options: Any) -> RepoUrl:
+        call = partial(super().create_repo, *args, exist_ok=exist_ok, **options)
+        return _patiently(call) if exist_ok else call()
+
+    def create_branch(self, *args: Any, exist_ok: bool = False, **options: Any) -> None:
+        call = partial(super().create_branch, *args, exist_ok=exist_ok, **options)
+        _patiently(call) if exist_ok else call()
+
+    def hf_hub_download(self, *args: Any, **options: Any) -> Any:
+        path = _patiently(super().hf_hub_download, *args, **options)
+        if options.get("local_files_only") or _is_what_its_name_says(Path(path)):
+            return path
+        return _patiently(super().hf_hub_download, *args, **options | {"force_download": True})
+
+
+def _patiently(call: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    """The result of a call that may be repeated, which it is while the Hub or the connection fails, `_TRIES` times in all."""
+    for attempt in range(1, _TRIES):
+        try:
+            return call(*args, **options)
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(_pause(error, attempt))
+    return call(*args, **options)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment; not if the client has tried it for long already, or is offline."""
+    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, OfflineModeIsEnabled):
+        return False
+    try:
+        with _explained("", None, None):
+            raise error
+    except PriorConnectionError:
+        return not isinstance(error, OfflineModeIsEnabled)
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _pause(error: BaseException | None, attempt: int) -> float:
+    """Seconds until the next try: what the Hub asks for (up to a minute), or 1, 2, ..."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), 60.0) if asked.isdigit() else _WAIT * attempt
+
+
+def _is_what_its_name_says(path: Path) -> bool:
+    """Whether a cached file has the content its name in the cache promises; True where the name says nothing of it.
+
+    Small files are named by their ETag, on the Hub git's sha1; a mirror may have one of its own.
+    """
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{40}", blob.name) or blob.stat().st_size > _SMALL_FILE:
+        return True
+    content = blob.read_bytes()
+    return blob.name in (_digest(content, "sha1", f"blob {len(content)}\0".encode()), _digest(content, "sha1"))
+
+
 def _api(token: str | bool | None) -> HfApi:
-    return HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+    return _Api(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+
+
+_bounded_lock = threading.Lock()
+_bounded_sessions: list[Any] = []
+_bounded_depth = 0
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Meanwhile the client's requests that have no time-out of their own get one: a silent Hub fails instead of hanging a push.
+
+    A session of the client that has a time-out already keeps it. It is the session of the process, and is put back.
+    """
+    global _bounded_depth
+    with _bounded_lock:
+        _bounded_depth += 1
+        session = get_session()
+        if session.timeout.read is None:
+            session.timeout = float(os.environ.get("PRIOR_HUB_TIMEOUT") or _PATIENCE)
+            _bounded_sessions.append(session)
+    try:
+        yield
+    finally:
+        with _bounded_lock:
+            _bounded_depth -= 1
+            while not _bounded_depth and _bounded_sessions:
+                _bounded_sessions.pop().timeout = None
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
@@ -138,6 +272,7 @@ def download_prior(
     local_files_only: bool = False,
     force_download: bool = False,
     repair: bool = False,
+    check: Callable[[PriorConfig], object] | None = None,
 ) -> DownloadedPrior:
     """Bring a prior's configuration and weights into the client's cache, all from one commit.
 
@@ -150,6 +285,7 @@ def download_prior(
         local_files_only: use the cache only.
         force_download: download everything again.
         repair: download again what is damaged: the configuration, and the weight files that have not its hashes.
+        check: called with the configuration before any weights are asked for; what it raises ends the download.
 
     Raises:
         PriorNotFoundError: no such repository, revision or sub-folder, or no prior there, or not in the cache.
@@ -161,6 +297,8 @@ def download_prior(
     again = force_download or repair
     config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, again)
     config = PriorConfig.from_json(read_bounded(config_path), where=f"{CONFIG_NAME} of {repo_id}")
+    if check is not None:
+        check(config)
     names = [*config.weight_files, *([INDEX_NAME] if len(config.weight_files) > 1 else [])]
 
     def fetch(name: str) -> None:
@@ -271,6 +409,64 @@ def scratch_folder(size: int) -> Path | None:
     except OSError:  # it cannot be made
         return None
     return folder if os.access(folder, os.W_OK) and room > 1.05 * size else None
+
+
+@contextlib.contextmanager
+def push_folder(size: int) -> Iterator[Path]:
+    """A temporary folder for files of `size` bytes that are to be pushed (see `scratch_folder`); gone afterwards.
+
+    A process that is killed leaves its folder behind. It is removed by the next push: the lock on it ended with the process.
+    """
+    where = Path(scratch_folder(size) or tempfile.gettempdir())
+    _remove_abandoned(where)
+    folder = Path(tempfile.mkdtemp(prefix="prior-hub-new-", dir=where))
+    handle = None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody can tell, so nobody removes it
+            handle = _locked(folder)
+            folder = folder.rename(where / folder.name.replace("-new-", "-push-"))  # by this name only with the lock held
+        (inner := folder / "prior").mkdir()
+        yield inner
+    except OSError as error:
+        if error.errno not in _DISK_SAYS_NO or isinstance(error, PriorHubError):
+            raise
+        raise PriorStorageError(
+            error.errno,
+            f"{os.strerror(error.errno)} while the {size / 1e6:.3g} MB to push were written. Nothing was pushed. Make room, or "
+            "set TMPDIR to a folder with room, then push again",
+            error.filename or str(where),
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_abandoned(where: Path) -> None:
+    """Remove the folders of pushes whose process is gone."""
+    for folder in where.glob("prior-hub-push-*"):
+        with contextlib.suppress(OSError):  # somebody else's, or under way
+            handle = _locked(folder)
+            if handle is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the lock on a folder; None where there are no such locks (Windows).
+
+    Raises:
+        OSError: it is held by somebody else.
+    """
+    if _fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _fcntl.flock(handle, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +625,7 @@ class _Push:
         )
 
 
+@_bounded()
 def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushResult:
     """Push a prior's folder in one commit; creates the repository if it is missing.
 
@@ -463,7 +660,7 @@ def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any)
         ).repo_id
         if options.private and not api.model_info(name).private:
             raise PriorHubError(_IS_PUBLIC.format(name=name))
-        if tag and any(ref.name == tag for ref in api.list_repo_refs(name).tags):
+        if tag and not _may_be_tagged(api, name, push):
             raise PriorHubError(_HAS_TAG.format(name=name, tag=tag))
         if options.gated and api.model_info(name).gated != options.gated:
             api.update_repo_settings(name, gated=options.gated)
@@ -483,6 +680,7 @@ _IS_PUBLIC = (
 _HAS_TAG = "{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it."
 
 
+@_bounded()
 def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushPlan:
     """What `upload_prior` would do with these arguments. The Hub is asked, and nothing of it is changed.
 
@@ -503,7 +701,7 @@ def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) ->
         if info is not None:
             if options.private and not info.private:
                 problems.append(_IS_PUBLIC.format(name=name))
-            if options.tag and any(ref.name == options.tag for ref in api.list_repo_refs(name).tags):
+            if options.tag and not _may_be_tagged(api, name, push):
                 problems.append(_HAS_TAG.format(name=name, tag=options.tag))
             with contextlib.suppress(GatedRepoError):
                 if not options.create_pr:
@@ -572,22 +770,45 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     try:
         with _explained(repo_id, None, None):
             api.create_tag(repo_id, tag=tag, revision=commit)
+            if _tagged(api, repo_id, tag) != commit:  # the client does not read the answer
+                raise PriorConnectionError("what answered is not the Hub. Try again.")
     except PriorHubError as error:
         with contextlib.suppress(PriorHubError), _explained(repo_id, None, None):
-            if any(ref.name == tag and ref.target_commit == commit for ref in api.list_repo_refs(repo_id).tags):
-                return  # only the answer was lost
+            if _tagged(api, repo_id, tag) == commit:
+                return  # only the answer was lost, this time or the last
         raise type(error)(f"The prior was pushed to {repo_id} as {commit[:8]}, but not tagged {tag!r}: {error}") from error
+
+
+def _may_be_tagged(api: HfApi, repo_id: str, push: _Push) -> bool:
+    """Whether the tag is free, or on this very prior at the head of the branch, as after a push whose answer was lost."""
+    refs = api.list_repo_refs(repo_id)
+    there = next((ref.target_commit for ref in refs.tags if ref.name == push.options.tag), None)
+    if there is None:
+        return True
+    if there not in [ref.target_commit for ref in refs.branches if ref.name == push.options.branch]:
+        return False
+    with contextlib.suppress(EntryNotFoundError, PriorFormatError):
+        path = _join(push.options.subfolder, CONFIG_NAME)
+        data = read_bounded(Path(api.hf_hub_download(repo_id, path, revision=there)))
+        return PriorConfig.from_json(data, where=f"{path} of {repo_id}") == push.config  # the hashes of the weights are in it
+    return False
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str) -> str | None:
+    """The commit a tag is on."""
+    return next((ref.target_commit for ref in api.list_repo_refs(repo_id).tags if ref.name == tag), None)
 
 
 def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
     branch, subfolder, create_pr = push.options.branch, push.options.subfolder, push.options.create_pr
     message = push.options.commit_message or f"Upload prior (rank {push.config.rank}) with prior_hub"
-    for attempt in range(1, _PUSH_TRIES + 1):
+    for attempt in range(1, _TRIES + 1):
         with _explained(repo_id, branch, subfolder):
             info = api.model_info(repo_id, revision=branch)
             head = info.sha or ""
             remote = {sibling.rfilename for sibling in info.siblings or []}
             contents, stale, _ = _contents(api, repo_id, push, remote, head)
+            opened = _pull_requests(api, repo_id) if create_pr else {}
         card = contents[_join(subfolder, CARD_NAME)]
         problems = card_problems(card.decode()) if isinstance(card, bytes) else []
         if problems:
@@ -610,15 +831,18 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
                     parent_commit=head,
                 )
         except PriorConnectionError as error:
-            if create_pr:
-                raise PriorConnectionError(
-                    f"{error} The pull request may have been opened all the same: look before pushing again."
-                ) from error
             try:
                 with _explained(repo_id, branch, subfolder):
-                    now = api.model_info(repo_id, revision=branch).sha or ""
-                    if now != head and _landed(api, repo_id, contents, now):
-                        return PushResult(repo_id, _commit_url(api, repo_id, now), now)
+                    if create_pr:
+                        now = head
+                        for ref, oid in _pull_requests(api, repo_id).items():
+                            if ref not in opened and _landed(api, repo_id, contents, oid):
+                                url = f"{api.endpoint}/{repo_id}/discussions/{ref.rsplit('/', 1)[-1]}"
+                                return PushResult(repo_id, _commit_url(api, repo_id, oid), oid, url)
+                    else:
+                        now = api.model_info(repo_id, revision=branch).sha or ""
+                        if now != head and _landed(api, repo_id, contents, now):
+                            return PushResult(repo_id, _commit_url(api, repo_id, now), now)
             except PriorConnectionError:
                 raise PriorConnectionError(
                     f"{error} Whether this push landed could not be found out: look at {repo_id} before pushing again."
@@ -628,12 +852,18 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
                     f"somebody else pushed to {repo_id} ({branch}) meanwhile: it is at {now[:8]}, this push started from "
                     f"{head[:8]}. Nothing of this push landed. Look at the new commit, then push again."
                 ) from error
-            if attempt == _PUSH_TRIES:
+            if attempt == _TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
-            time.sleep(_PUSH_WAIT * attempt)
+            time.sleep(_pause(error.__cause__, attempt))
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
+
+
+def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
+    """References of the pull requests ("refs/pr/1") and the commits they are at."""
+    refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+    return {ref.ref: ref.target_commit for ref in refs}
 
 
 def _check_hashes(config: PriorConfig, operations: list[Any]) -> None:
@@ -763,14 +993,15 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     except RepositoryNotFoundError as error:
         raise PriorNotFoundError(
             f"{at} does not exist on the Hub, or is private and this token cannot see it. Check the spelling; for a "
-            "private repository log in (`hf auth login`, HF_TOKEN or token=)."
+            "private repository log in (`hf auth login`, HF_TOKEN or token=). A copy in the cache loads with local_files_only."
         ) from error
     except RevisionNotFoundError as error:
-        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit.") from error
+        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit. Check revision=.") from error
     except LocalEntryNotFoundError as error:
+        why = _first_line(error.__cause__) if error.__cause__ else "offline, or local_files_only"
         raise PriorConnectionError(
-            f"{at} is not in the local cache, and the Hub cannot be asked (offline, or local_files_only). Connect once, "
-            "or check cache_dir."
+            f"{at} is not in the local cache, and the Hub cannot be asked ({why.rstrip('.')}). Connect once, try again in a "
+            "while, or check cache_dir."
         ) from error
     except EntryNotFoundError as error:
         raise PriorNotFoundError(
@@ -778,7 +1009,9 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             "a folder of the repository, pass subfolder=."
         ) from error
     except (RevisionResolutionError, OfflineModeIsEnabled) as error:
-        raise PriorConnectionError(f"{at} cannot be looked up: {_first_line(error)} Connect, or use a cached copy.") from error
+        raise PriorConnectionError(
+            f"{at} cannot be looked up: {_first_line(error)} Connect, try again in a while, or use a cached copy."
+        ) from error
     except LocalTokenNotFoundError as error:
         raise PriorAccessError(f"{at}: token=True was given, but nobody is logged in here (`hf auth login`).") from error
     except HfHubHTTPError as error:
@@ -788,31 +1021,50 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
                 f"the Hub refuses {at} ({status}): {_first_line(error)} Check the token and its role."
             ) from error
         if 400 <= status < 500 and status not in _TRY_AGAIN:
-            raise PriorHubError(f"the Hub does not accept the request for {at} ({status}): {_first_line(error)}") from error
-        raise PriorConnectionError(f"the Hub failed on {at} ({status}): {_first_line(error)}") from error
+            raise PriorHubError(
+                f"the Hub does not accept the request for {at} ({status}): {_first_line(error)} Check what was asked for."
+            ) from error
+        patience = "is asked too often" if status == 429 else "failed"
+        raise PriorConnectionError(
+            f"the Hub {patience} on {at} ({status}): {_first_line(error)} Try again in a while."
+        ) from error
     except (ConnectionError, TimeoutError) as error:
-        raise PriorConnectionError(f"the Hub could not be reached for {at}: {_first_line(error)}") from error
+        raise PriorConnectionError(
+            f"the Hub could not be reached for {at}: {_first_line(error)} Check the connection, then try again."
+        ) from error
     except OSError as error:
-        if error.errno is not None:  # a full disk, a cache that cannot be written
+        if error.errno in _DISK_SAYS_NO:
+            raise PriorStorageError(
+                error.errno,
+                f"{os.strerror(error.errno)} while downloading {at}. Make room or give another cache (cache_dir=, HF_HOME), "
+                "then try again",
+                error.filename,
+            ) from error
+        if error.errno is not None:
             raise
         raise PriorConnectionError(f"the download of {at} broke off: {_first_line(error)} Try again.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PriorConnectionError(
             f"what answered for {at} is not the Hub: no JSON ({error}). A proxy or a login page may stand in between."
         ) from error
     except ValueError as error:
+        if isinstance(error.__cause__, Exception) and "force" in str(error).lower():  # "Force download failed ..."
+            with _explained(repo_id, revision, subfolder):
+                raise error.__cause__ from None
         if "Invalid metadata in README.md" not in str(error):
             raise
         raise PriorFormatError(
             f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}."
         ) from error
     except RuntimeError as error:  # hf_xet's
-        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)}") from error
+        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)} Try again.") from error
     except Exception as error:
         # The client lets errors of its HTTP library through raw, and that library differs between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
             raise
-        raise PriorConnectionError(f"the connection to the Hub broke for {at}: {type(error).__name__}.") from error
+        raise PriorConnectionError(
+            f"the connection to the Hub broke for {at}: {type(error).__name__}. Check the connection, then try again."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
