@@ -170,7 +170,8 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
 
     monkeypatch.setattr(prior_hub.learning.recipes, "learn_prior", learn)
     monkeypatch.setattr("prior_hub.plots.card_pictures", lambda prior, folder: {})
-    monkeypatch.setattr(prior_hub.learning.references, "named_model", lambda name, revision: models.append(name) or fitting)
+    taken = lambda name, revision=None: models.append(name) or fitting  # noqa: E731
+    monkeypatch.setattr(prior_hub.learning.references, "named_model", taken)
     monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
     prior = PriorModel.from_pretrained(folder)
     names = {name: fresh_repo_id(name.split("/")[1]) for name in ("org/resnet50-simclr-prior", "org/name", "me/my-prior")}
@@ -199,7 +200,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
                     )
                 )
                 words[2] = targets[-1].repo_id
-            assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+            assert main(words) == 0, f"{line}: {capsys.readouterr()}"
     expected = [("uoft-cs/cifar10", None, None), ("./photos", "fisher", None), ("fancyzhx/ag_news", None, "masked-lm")]
     assert learned == [*expected, ("./photos", None, "simclr"), (None, "isotropic", None)]
     assert models == ["microsoft/resnet-50"]
