@@ -71,8 +71,14 @@ def publish(config: PriorConfig, repo_id: str, *, card: str | None = None, api: 
 
 
 def on_meta(make: Any, *arguments: Any, **options: Any) -> nn.Module:
-    with torch.device("meta"):
-        return make(*arguments, **options)
+    try:
+        with torch.device("meta"):
+            return make(*arguments, **options)
+    except RuntimeError:  # the oldest timm reads numbers from a tensor as it builds some models
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return make(*arguments, **options)
 
 
 TIMM = ["resnet18", "resnet34", "resnet50", "wide_resnet50_2", "vit_tiny_patch16_224", "convnext_atto", "convnext_nano"]

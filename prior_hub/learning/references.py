@@ -37,8 +37,16 @@ def reference_model(name: str) -> nn.Module:
     if library not in makers or not model:
         raise ValueError(f"reference {name!r}: {_EXPECTED}.")
     try:
-        with torch.device("meta"):
-            return makers[library](model)
+        try:
+            with torch.device("meta"):
+                return makers[library](model)
+        except RuntimeError as error:  # timm 1.0.20 reads numbers from a tensor as it builds some models
+            if "meta" not in str(error):
+                raise
+            from accelerate import init_empty_weights
+
+            with init_empty_weights():
+                return makers[library](model)
     except ImportError as error:
         raise PriorNotFoundError(f"reference {name!r}: {error}. Install it: pip install 'prior-hub[vision]'.") from error
 
