@@ -388,6 +388,7 @@ def test_a_prior_over_an_adapter_has_a_fingerprint_of_its_own():
         ({"author": "bob"}, 0),
         ({"estimator": "SWAG"}, 50),
         ({"estimator": "fisher"}, 0),
+        ({"estimator": "bayesian"}, 0),  # a tag of all of them
         ({"estimator": "no tag at all"}, 0),
         ({"task": "simclr"}, 25),
         ({"task": "classification, image"}, 25),
