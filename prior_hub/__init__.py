@@ -17,8 +17,10 @@ from prior_hub.errors import (
     PriorFormatError,
     PriorHubError,
     PriorMatchError,
+    PriorMetadataError,
     PriorNotFoundError,
     PriorNumericsError,
+    PriorStorageError,
     PriorWarning,
 )
 
@@ -38,6 +40,7 @@ _LAZY = {
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
+    "PriorComparison": "prior_hub.priors.comparison",
     "PriorConfig": "prior_hub.priors.config",
     "PriorFit": "prior_hub.registry.search",
     "PriorInfo": "prior_hub.registry.search",
@@ -59,8 +62,10 @@ _LAZY = {
     "SwagEstimator": "prior_hub.learning.swag",
     "TemperatureScaling": "prior_hub.inference.metrics",
     "TwoViews": "prior_hub.learning.views",
+    "add_to_collection": "prior_hub.registry.collections",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
+    "compare_priors": "prior_hub.priors.comparison",
     "disagreement": "prior_hub.inference.diagnostics",
     "find_scale": "prior_hub.finetuning.scale",
     "isotropic_prior": "prior_hub.learning.isotropic",
@@ -96,6 +101,7 @@ __all__ = [
     "Match",
     "PriorAccessError",
     "PriorArgumentsMixin",
+    "PriorComparison",
     "PriorConfig",
     "PriorConnectionError",
     "PriorFit",
@@ -103,10 +109,12 @@ __all__ = [
     "PriorHubError",
     "PriorInfo",
     "PriorMatchError",
+    "PriorMetadataError",
     "PriorModel",
     "PriorNotFoundError",
     "PriorNumericsError",
     "PriorPenalty",
+    "PriorStorageError",
     "PriorTrainer",
     "PriorTrainerMixin",
     "PriorTrainingArguments",
@@ -123,8 +131,10 @@ __all__ = [
     "TemperatureScaling",
     "TwoViews",
     "__version__",
+    "add_to_collection",
     "chain_diagnostics",
     "classification_metrics",
+    "compare_priors",
     "disagreement",
     "find_scale",
     "isotropic_prior",
@@ -168,9 +178,11 @@ if TYPE_CHECKING:
     from prior_hub.learning.views import TwoViews
     from prior_hub.model import PriorModel, push_prior_to_hub
     from prior_hub.priors.batch_norm import recompute_batch_norm
+    from prior_hub.priors.comparison import PriorComparison, compare_priors
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
+    from prior_hub.registry.collections import add_to_collection
     from prior_hub.registry.search import PriorFit, PriorInfo, list_priors, prior_info, priors_for, search_priors
 
 

@@ -123,10 +123,10 @@ def _show(found: Sequence[PriorInfo], arguments: argparse.Namespace, advice: str
 
 
 def _fits(arguments: argparse.Namespace) -> int:
-    from prior_hub.learning.references import model_by_name
+    from prior_hub.learning.references import named_model
     from prior_hub.registry.search import priors_for
 
-    model = model_by_name(arguments.model)
+    model = named_model(arguments.model)
     found = priors_for(
         model, limit=arguments.limit, min_coverage=arguments.min_coverage, others=True if arguments.all else None
     )
