@@ -31,7 +31,7 @@ def test_every_python_block_runs_in_order(hub, tmp_path, monkeypatch):
     model = ResNetForImageClassification(config)
     images = torch.randn(40, 1, 8, 8)
     train_dataset = [{"pixel_values": x, "labels": i % 5} for i, x in enumerate(images)]
-    isotropic_prior(model, variance=1.0, license="mit").push_to_hub(f"{NAME}/digits-prior")
+    isotropic_prior(model, variance=1.0, license="mit", base_model="org/digits-resnet").push_to_hub(f"{NAME}/digits-prior")
     names = {
         "model": model,
         "train_dataset": train_dataset,
