@@ -47,7 +47,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import GitRefs, ModelInfo, RepoFile, RepoUrl
+from huggingface_hub.hf_api import GitRefs, RepoFile, RepoUrl
 
 from prior_hub import __version__
 from prior_hub.errors import (
