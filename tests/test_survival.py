@@ -56,6 +56,7 @@ def test_a_sample_of_the_faults_is_survived(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_kind_of_fault_in_every_operation_is_survived(tmp_path):
     result = run(tmp_path)
     assert not_survived(result) == []

@@ -2,7 +2,8 @@
 
 What the client does well (cache, resuming, retries, locks, ETags) is used as it is. Added here: the revision is resolved
 once and every file taken from that commit; one `create_commit` per push, with the parent commit, and after a lost answer
-the head is compared before anything is tried again; errors that say what to do.
+the head is compared before anything is tried again; requests that the client gives up at once, or waits for without end, are
+repeated and bounded (`_Api`, `_bounded`); errors that say what to do.
 """
 
 from __future__ import annotations
