@@ -2,7 +2,8 @@
 
 What the client does well (cache, resuming, retries, locks, ETags) is used as it is. Added here: the revision is resolved
 once and every file taken from that commit; one `create_commit` per push, with the parent commit, and after a lost answer
-the head is compared before anything is tried again; errors that say what to do.
+the head is compared before anything is tried again; requests that the client gives up at once, or waits for without end, are
+repeated and bounded (`_Api`, `_bounded`); errors that say what to do.
 """
 
 from __future__ import annotations
@@ -852,12 +853,22 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
                     f"somebody else pushed to {repo_id} ({branch}) meanwhile: it is at {now[:8]}, this push started from "
                     f"{head[:8]}. Nothing of this push landed. Look at the new commit, then push again."
                 ) from error
+            late = _may_come_late(error.__cause__)
+            if late and (create_pr or attempt == _TRIES):  # a second pull request would not meet the parent commit's guard
+                what = "The pull request may still be opened" if create_pr else "This push may still land"
+                raise PriorConnectionError(f"{error} {what}: look at {repo_id} before pushing again.") from error
             if attempt == _TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
             time.sleep(_pause(error.__cause__, attempt))
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
+
+
+def _may_come_late(error: BaseException | None) -> bool:
+    """Whether the Hub, or a gateway in front of it, only took longer than somebody waited."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status == 504 or type(error).__name__.endswith(("Timeout", "TimeoutError"))
 
 
 def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
