@@ -46,6 +46,7 @@ from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
 from prior_hub.priors.tensor_files import side_by_side
 from prior_hub.registry.card import read_card, render_card, update_card
+from prior_hub.registry.tokens import discreet, remember
 
 try:
     from huggingface_hub.errors import RevisionResolutionError
@@ -95,6 +96,7 @@ class PushResult:
 
 
 def _api(token: str | bool | None) -> HfApi:
+    remember(token)
     return HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
 
 
@@ -463,7 +465,8 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     """Turn the client's errors into ours, which say what to do; anything else passes through."""
     at = f"{repo_id!r}" + (f" at {revision!r}" if revision else "") + (f", folder {subfolder!r}" if subfolder else "")
     try:
-        yield
+        with discreet():
+            yield
     except PriorHubError:
         raise
     except HFValidationError as error:
