@@ -73,6 +73,7 @@ from prior_hub.registry.card import (
 )
 from prior_hub.registry.completeness import check_complete, completed, missing_in, refuse_tokens
 from prior_hub.registry.evaluation import Evaluation, eval_results
+from prior_hub.registry.tokens import discreet, remember
 from prior_hub.registry.versions import Version, new_versions
 
 _fcntl: ModuleType | None
@@ -230,6 +231,7 @@ def _is_what_its_name_says(path: Path) -> bool:
 
 
 def _api(token: str | bool | None) -> HfApi:
+    remember(token)
     return _Api(token=token, library_name=LIBRARY_NAME, library_version=__version__)
 
 
@@ -989,7 +991,8 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     """Turn the client's errors into ours, which say what to do; anything else passes through."""
     at = f"{repo_id!r}" + (f" at {revision!r}" if revision else "") + (f", folder {subfolder!r}" if subfolder else "")
     try:
-        yield
+        with discreet():
+            yield
     except PriorHubError:
         raise
     except HFValidationError as error:
