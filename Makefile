@@ -3,9 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# a process per core, at most 4, each with a Hub server of its own; WORKERS=0 runs tests one after another
+WORKERS ?= logical
+SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: help demo test test-slow test-all test-xet test-lowest lint docs docs-serve bench clean
+.PHONY: help demo test test-slow test-all test-xet test-lowest lint docs docs-serve faults bench fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,12 +42,19 @@ test-xet: $(VENV)/.installed  ## the Hub tests against a full Hub server, over X
 	@touch $@
 
 test-lowest: .venv-lowest/.installed  ## quick tests with the lower bound of every dependency
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
+	.venv-lowest/bin/python -m pytest $(SPREAD) -m "not slow and not gpu" -W ignore::DeprecationWarning -W ignore::FutureWarning
+
+FUZZ ?= --minutes 10
+fuzz: $(VENV)/.installed  ## fuzz the readers and the matcher for 10 minutes (FUZZ="--minutes 60 --target reader --corpus FOLDER")
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.installed  ## break every kind of request of every operation, table into docs/faults.md, about 5 minutes
+	$(BIN)/python tests/faults.py --json docs/faults.json --markdown docs/faults.md
 
 .venv-docs/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-docs

@@ -1,8 +1,8 @@
 """What can go wrong, by kind.
 
 Every error prior_hub raises on purpose is a `PriorHubError`; the kind says which room refused, the message says what was
-found, where, how much of it, and what to do. Errors of the libraries underneath (a full disk, a Trainer misuse) pass
-through unchanged.
+found, where, how much of it, and what to do. Errors of the libraries underneath (a full disk while saving, a Trainer misuse)
+pass through unchanged.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ __all__ = [
     "PriorFormatError",
     "PriorHubError",
     "PriorMatchError",
+    "PriorMetadataError",
     "PriorNotFoundError",
     "PriorNumericsError",
+    "PriorStorageError",
     "PriorWarning",
 ]
 
@@ -31,6 +33,10 @@ class PriorMatchError(PriorHubError, ValueError):
     """The names or shapes of a prior and a model do not fit together."""
 
 
+class PriorMetadataError(PriorHubError, ValueError):
+    """What a prior's card must tell a reader (licence, base model, data set, results) is missing or not in the Hub's form."""
+
+
 class PriorNumericsError(PriorHubError, ArithmeticError):
     """Values that are no Gaussian: NaN, infinities, variances that are not positive."""
 
@@ -45,6 +51,10 @@ class PriorAccessError(PriorHubError, PermissionError):
 
 class PriorConnectionError(PriorHubError, ConnectionError):
     """The Hub could not be reached, or answered with a failure of its own."""
+
+
+class PriorStorageError(PriorHubError, OSError):
+    """The disk under the cache or under a push said no: full, read-only, not permitted. `errno` and `filename` are its own."""
 
 
 class PriorWarning(UserWarning):

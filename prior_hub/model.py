@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from prior_hub import __version__
 from prior_hub.distributed import agreed, copy_full_, first_on_its_host, is_sharded, process_index, told_by_rank_0
-from prior_hub.errors import PriorConnectionError, PriorFormatError, PriorMatchError, PriorNotFoundError, PriorWarning
-from prior_hub.priors.adapters import adapter_remarks, refuse_other_adapter, refuse_other_scaling
+from prior_hub.errors import (
+    PriorConnectionError,
+    PriorFormatError,
+    PriorHubError,
+    PriorMatchError,
+    PriorNotFoundError,
+    PriorWarning,
+)
+from prior_hub.priors.architecture import match_config
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
 from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
 from prior_hub.priors.legacy import legacy_files, read_legacy
-from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
+from prior_hub.priors.matching import Match, NameMap, canonical_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
-from prior_hub.registry.hub import PushResult, download_legacy, download_prior, scratch_folder, upload_prior
+from prior_hub.registry.collections import add_to_collection
+from prior_hub.registry.evaluation import Evaluation
+from prior_hub.registry.hub import (
+    PushOptions,
+    PushPlan,
+    PushResult,
+    download_legacy,
+    download_prior,
+    plan_push,
+    push_folder,
+    upload_prior,
+)
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 
@@ -147,6 +165,7 @@ class PriorModel:
         rank: int | None = None,
         scale: float | None = None,
         verify: bool = True,
+        check: Callable[[PriorConfig], object] | None = None,
     ) -> PriorModel:
         """Load a prior from a local folder or from the Hub; a folder of that name wins, as everywhere on the Hub.
 
@@ -161,6 +180,8 @@ class PriorModel:
             rank: read only this many deviations (the first ones, as `truncated`).
             scale: use this scale instead of the stored one.
             verify: compare every file with its sha256 and refuse NaN and infinities; reads each byte once.
+            check: called with the configuration before weights are downloaded or read; what it raises is raised. With
+                `functools.partial(match_config, model=model)` a prior that does not fit fails after some kilobytes.
 
         Raises:
             PriorNotFoundError: no such folder, repository, revision, or no prior in it.
@@ -174,6 +195,8 @@ class PriorModel:
         repo_id = commit = None
         if path.is_dir():
             folder = path / (subfolder or "").strip("/")
+            if check is not None:
+                check(read_config(folder))
             stored = read_prior(folder, rank=rank, verify=verify)
         else:
             if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -188,14 +211,14 @@ class PriorModel:
                 "local_files_only": local_files_only,
             }
             try:
-                downloaded = download_prior(name, force_download=force_download, **options)
+                downloaded = download_prior(name, force_download=force_download, check=check, **options)
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
             except PriorFormatError as damaged:
-                if local_files_only or force_download:
+                if local_files_only:
                     raise
                 # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
                 try:
-                    downloaded = download_prior(name, repair=True, **options)
+                    downloaded = download_prior(name, repair=True, check=check, **options)
                 except PriorConnectionError:
                     raise damaged from None
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
@@ -493,26 +516,14 @@ class PriorModel:
 
         A prior over a LoRA adapter is refused for a model without one, of another rank or scaling, or on other modules.
         """
-        adapter = self.config.source.get("adapter")
-        adapter = adapter if isinstance(adapter, Mapping) else None
-        if name_map is None and on_mismatch == "error":
-            refuse_other_adapter(self.config.parameters, adapter, model, head=self.config.head_parameters)
-        match = match_parameters(
-            self.config.parameters,
+        return match_config(
+            self.config,
             model,
-            head_parameters=self.config.head_parameters,
-            tied_parameters=self.config.tied_parameters,
-            model_type=self.config.model_type,
             name_map=name_map,
             include_head=include_head,
             on_mismatch=on_mismatch,
             min_coverage=min_coverage,
         )
-        refuse_other_scaling(adapter, match, model)
-        remarks = adapter_remarks(adapter, match, model)
-        for remark in remarks:
-            warnings.warn(remark, PriorWarning, stacklevel=2)
-        return replace(match, remarks=(*match.remarks, *remarks)) if remarks else match
 
     def initialize(self, model: nn.Module, **matching: Any) -> Match:
         """Set the matched parameters of `model` to the prior's mean and its BatchNorm buffers to the stored ones.
@@ -592,13 +603,14 @@ class PriorModel:
         self._write(folder, self._card_in(folder, repo_id), max_shard_size)
         if not push_to_hub:
             return None
-        return upload_prior(folder, repo_id or folder.resolve().name, **push_arguments)
+        return _upload(folder, repo_id or folder.resolve().name, **push_arguments)
 
     def _card_in(self, folder: Path, repo_id: str | None = None) -> str:
         """The card for a folder, with what a person wrote into the one that is there."""
         path = folder / CARD_NAME
         existing = read_card(path) if path.is_file() else None
-        return update_card(existing, render_card(self.config, repo_id=repo_id), previous=_config_in(folder))
+        rendered = render_card(self.config, repo_id=repo_id)
+        return update_card(existing, rendered, previous=_config_in(folder), config=self.config)
 
     def _save_parts(self, folder: Path, make: Callable[[str], Tensor], max_shard_size: int | str) -> PriorConfig:
         """As `save_pretrained`, with tensors that `make(key)` makes as they are written; the prior's own are not looked at."""
@@ -627,13 +639,28 @@ class PriorModel:
         subfolder: str | None = None,
         token: str | bool | None = None,
         private: bool | None = None,
+        gated: Literal["auto", "manual"] | None = None,
+        resource_group_id: str | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
         commit_description: str | None = None,
         tag: str | None = None,
+        license: str | None = None,  # noqa: A002 - the Hub's word
+        base_model: str | None = None,
+        dataset: str | list[str] | None = None,
+        allow_incomplete: bool = False,
+        evaluation: Evaluation | None = None,
+        evaluation_dataset: str | None = None,
+        evaluation_task: str | None = None,
+        compute: Mapping[str, Any] | None = None,
+        pictures: Mapping[str | os.PathLike[str], str] | None = None,
+        collection: str | None = None,
         max_shard_size: int | str = "5GB",
     ) -> PushResult:
         """Push the prior and its card in one commit; creates the repository if it is missing.
+
+        A prior without licence, base model or source data set is refused before anything is asked of the Hub: give them here,
+        or say `allow_incomplete`. `push_prior_to_hub(prior, name, dry_run=True)` tells what a push would do.
 
         The files are written to a temporary folder first: from 256 MB on in the Hub client's own folder (HF_HOME), since
         the system's may lie in memory; TMPDIR says otherwise.
@@ -644,32 +671,47 @@ class PriorModel:
             subfolder: folder of the repository, so that a prior can live beside a model.
             token: an access token; the logged-in one when None.
             private: make a new repository private; refused before anything is pushed if there is a public one.
+            gated: "auto" or "manual": the Hub hands the files only to whom accepts the terms (and is let in by you).
+            resource_group_id: resource group of an Enterprise organisation that a new repository belongs to.
             create_pr: open a pull request instead.
-            commit_message: first line of the commit.
+            commit_message: first line of the commit, shown in the card's list of versions too.
             commit_description: rest of the commit message.
             tag: tag the commit ("v1.0"); refused before anything is pushed if it exists.
+            license: the prior's licence, a Hub identifier such as "apache-2.0"; replaces what the configuration says in what is
+                pushed, and so do `base_model` and `dataset`.
+            base_model: Hub name of the model whose weights the prior is over.
+            dataset: name of the source task's data set, or several.
+            allow_incomplete: push without them.
+            evaluation: results of models fine-tuned under the prior, for the card and the Hub's model-index: {"task":
+                "image-classification", "dataset": "org/data", "metrics": {"accuracy": 0.91}}, also with what
+                `trainer.evaluate()` returned as "metrics"; the client's `EvalResult`s; or a list. None keeps those of the card
+                that is there, as long as it is of the same prior; so do `compute` and `pictures`.
+            evaluation_dataset: the data set, if `evaluation` names none.
+            evaluation_task: the task, if `evaluation` names none.
+            compute: what the prior cost: some of "emissions" (grams of CO2 equivalent), "source" (of that number),
+                "training_type", "geographical_location", "hardware_used", "hours".
+            pictures: path of a picture -> alternative text, shown in the card.
+            collection: slug or title of a collection to add the prior to, see `add_to_collection`.
             max_shard_size: as `save_pretrained`.
 
         Raises:
+            PriorMetadataError: something a reader needs is missing, or the evaluation or compute is not in a form of the Hub.
             PriorAccessError, PriorConnectionError, PriorNotFoundError, PriorHubError: see `upload_prior`.
         """
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "repo_id", "max_shard_size")}
+        with self._to_push(repo_id, max_shard_size, arguments) as folder:
+            return _upload(folder, repo_id, **arguments)
+
+    @contextmanager
+    def _to_push(self, repo_id: str, max_shard_size: int | str, arguments: Mapping[str, Any]) -> Iterator[Path]:
+        """A temporary folder with the prior, if its metadata are complete."""
+        PushOptions(**{name: value for name, value in arguments.items() if name != "collection"}).config(self.config)
         kinds = (self.mean, self.variance, self.deviations, self.buffers)
         size = sum(tensor.numel() * tensor.element_size() for tensors in kinds for tensor in tensors.values())
-        with tempfile.TemporaryDirectory(prefix="prior-hub-push-", dir=scratch_folder(size)) as folder:
+        with push_folder(size) as folder:
             card = render_card(self.config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
-            self._write(Path(folder), card, max_shard_size)
-            return upload_prior(
-                folder,
-                repo_id,
-                revision=revision,
-                subfolder=subfolder,
-                token=token,
-                private=private,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                tag=tag,
-            )
+            self._write(folder, card, max_shard_size)
+            yield folder
 
     def card(self, *, repo_id: str | None = None) -> str:
         """The text of the model card."""
@@ -703,22 +745,63 @@ class _Made(Mapping[str, Tensor]):
         return len(self._keys) + len(self._there)
 
 
-def push_prior_to_hub(prior: PriorModel | str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushResult:
+@overload
+def push_prior_to_hub(
+    prior: PriorModel | str | os.PathLike[str], repo_id: str, *, dry_run: Literal[False] = False, **arguments: Any
+) -> PushResult: ...
+@overload
+def push_prior_to_hub(
+    prior: PriorModel | str | os.PathLike[str], repo_id: str, *, dry_run: Literal[True], **arguments: Any
+) -> PushPlan: ...
+def push_prior_to_hub(
+    prior: PriorModel | str | os.PathLike[str], repo_id: str, *, dry_run: bool = False, **arguments: Any
+) -> PushResult | PushPlan:
     """Push a prior to the Hub in one commit, its card included.
+
+        push_prior_to_hub(prior, "me/my-prior", license="apache-2.0", base_model="org/model", dataset="org/data", tag="v1.0")
 
     Args:
         prior: a `PriorModel`, or a folder that `save_pretrained` wrote (checked before anything is sent).
         repo_id: "organisation/name".
+        dry_run: only tell what would be uploaded: every file with its size and whether it is new, the card's changes, what the
+            metadata lack. The Hub is asked, and nothing is made there.
         **arguments: as `PriorModel.push_to_hub`; for a folder all but `max_shard_size`.
 
     Returns:
-        Where it landed: commit URL and hash, pull request, tag.
+        Where it landed: commit URL and hash, pull request, tag; a `PushPlan` of a dry run.
+
+    Raises:
+        PriorMetadataError: something a reader needs is missing: the licence, the base model, the source data set.
+        PriorHubError: see `upload_prior`.
     """
     if isinstance(prior, PriorModel):
-        return prior.push_to_hub(repo_id, **arguments)
+        if not dry_run:
+            return prior.push_to_hub(repo_id, **arguments)
+        shard = arguments.pop("max_shard_size", "5GB")
+        with prior._to_push(repo_id, shard, {**arguments, "allow_incomplete": True}) as written:
+            return _plan(written, repo_id, **arguments)
     folder = Path(prior).expanduser()
+    if dry_run:
+        return _plan(folder, repo_id, **arguments)
     read_prior(folder, verify=True)
-    return upload_prior(folder, repo_id, **arguments)
+    return _upload(folder, repo_id, **arguments)
+
+
+def _plan(folder: Path, repo_id: str, *, collection: str | None = None, **arguments: Any) -> PushPlan:  # noqa: ARG001
+    return plan_push(folder, repo_id, **arguments)
+
+
+def _upload(folder: Path, repo_id: str, *, collection: str | None = None, **arguments: Any) -> PushResult:
+    result = upload_prior(folder, repo_id, **arguments)
+    if collection is None:
+        return result
+    try:
+        return replace(result, collection_url=add_to_collection(result.repo_id, collection, token=arguments.get("token")))
+    except PriorHubError as error:
+        at = result.commit_hash[:8]
+        raise type(error)(
+            f"The prior was pushed to {result.repo_id} as {at}, but not put into {collection!r}: {error}"
+        ) from error
 
 
 def library_versions(extra: Sequence[str] = ()) -> dict[str, str]:

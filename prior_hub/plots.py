@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ from torch import Tensor
 from prior_hub.finetuning.scale import ScaleChoice
 from prior_hub.inference.metrics import ReliabilityBins, reliability_bins
 from prior_hub.model import PriorModel
+from prior_hub.priors.profile import Profile, profile
 
 __all__ = [
+    "PICTURES",
+    "card_pictures",
     "plot_average",
     "plot_comparison",
     "plot_prior",
@@ -45,6 +49,10 @@ _GREY = "#666666"
 _CLASSES = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#000000")  # Okabe and Ito's
 _IGNORED = (0.87, 0.87, 0.87)
 _MOST_PANELS = 8
+PICTURES = ("all", "variance", "spectrum", "freedom")  # what `plot_prior` draws
+_MANY = 80  # blocks; beyond it lines have no markers
+_CARD_DPI = 120
+_SIZES = {"all": (10.0, 8.0), "variance": (8.0, 4.0), "spectrum": (5.2, 4.0), "freedom": (7.2, 4.0)}  # inches
 
 
 def plot_comparison(
@@ -88,50 +96,69 @@ def plot_comparison(
     return _save(figure, path)
 
 
-def plot_prior(prior: PriorModel, path: str | os.PathLike[str]) -> Path:
-    """A prior at a glance: marginal standard deviation by parameter tensor, and the spectrum of the low-rank part.
+def plot_prior(
+    prior: PriorModel,
+    path: str | os.PathLike[str],
+    *,
+    what: str = "all",
+    found: Profile | None = None,
+    title: str | None = None,
+) -> Path:
+    """A prior in pictures: how far each weight may move, in which directions, and where in the network.
+
+    "variance": standard deviation of the weights by parameter tensor, in the network's order (median, 5 % and 95 %).
+    "spectrum": share of the low-rank part's variance along each of its principal directions.
+    "freedom": by block of the network, the standard deviation in relation to the size of the weights themselves, both root mean
+    squares over the block, split into what the diagonal and what the low-rank part allow. At 100 % a weight may be anything;
+    at 1 % it stays what it is.
+    "all": the three in one picture.
+
+    Every number is read once, a few megabytes at a time; from 1 GB on with a progress bar.
 
     Args:
         prior: the prior, at its own scale.
         path: file to write.
+        what: which picture.
+        found: `profile(prior.gaussian)` where there is one already.
+        title: heading; names the prior when None.
 
     Returns:
         `path`.
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: there is no such picture, or "spectrum" of a prior without a low-rank part.
     """
-    figure = _figure(9.6, 4.4)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    spread = {name: tensor.double().sqrt().flatten() for name, tensor in prior.gaussian.marginal_variance().items()}
-    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    bounds = torch.stack([_quantiles(values, levels) for values in spread.values()])  # (tensors, 3)
-    place = list(range(len(spread)))
-    colour, marker, _ = _STYLES[0]
-    left.vlines(place, bounds[:, 0].tolist(), bounds[:, 2].tolist(), color=colour, alpha=0.35, linewidth=2.2)
-    left.plot(place, bounds[:, 1].tolist(), color=colour, marker=marker, markersize=3, linestyle="none")
-    left.set_yscale("log")
-    left.set_xlabel("parameter tensor, in the model's order")
-    left.set_ylabel("prior standard deviation of a weight")
-    left.set_title("median and 5 % to 95 % of each tensor's weights", fontsize=9, color=_GREY)
-    _label_blocks(left, list(spread))
-    values = _singular_values(prior)
-    if values:
-        colour, marker, _ = _STYLES[2]
-        right.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=4, linewidth=1.2)
-        right.set_yscale("log")
-        right.set_xlabel("direction of the low-rank part")
-        right.set_ylabel("standard deviation along it")
-        share = _low_rank_share(prior)
-        right.set_title(f"{len(values)} directions with {100 * share:.0f} % of the total variance", fontsize=9, color=_GREY)
-    else:
-        right.text(0.5, 0.5, "no low-rank part:\na diagonal prior", ha="center", va="center", transform=right.transAxes)
-        right.set_axis_off()
-    for panel in (left, right):
-        _tidy(panel)
-    base = f" of {prior.config.base_model}" if prior.config.base_model else ""
-    figure.suptitle(f"Prior{base}: {prior.num_parameters:,} values, rank {prior.rank}, scale {prior.scale:g}", fontsize=11)
-    return _save(figure, path)
+    if what not in PICTURES:
+        raise ValueError(f"what is {what!r}, expected one of {', '.join(map(repr, PICTURES))}.")
+    if what == "spectrum" and not prior.gaussian._low_rank_scale():
+        raise ValueError("the prior has no low-rank part, and so no spectrum: it is diagonal.")
+    _figure(1, 1)  # before anything is read: matplotlib may be missing
+    return _draw_prior(prior, path, what, found or profile(prior.gaussian, title=_name(prior)), title)
+
+
+def card_pictures(prior: PriorModel, folder: Path) -> dict[str, str]:
+    """Write the pictures of a model card, small PNG files, and say what is seen on each.
+
+    Args:
+        prior: the prior, at its own scale.
+        folder: where to write; created if missing.
+
+    Returns:
+        File name -> alternative text, one sentence with the prior's numbers: "prior_variance.png", "prior_freedom.png" and,
+        where there is a low-rank part, "prior_spectrum.png".
+
+    Raises:
+        ImportError: matplotlib is missing; nothing is written.
+    """
+    _figure(1, 1)
+    found = profile(prior.gaussian, title=_name(prior))
+    texts = {}
+    for what, describe in (("variance", _say_variance), ("freedom", _say_freedom), ("spectrum", _say_spectrum)):
+        if text := describe(found, prior.scale):
+            _draw_prior(prior, folder / f"prior_{what}.png", what, found, None, dpi=_CARD_DPI)
+            texts[f"prior_{what}.png"] = text
+    return texts
 
 
 def plot_scale(
@@ -495,13 +522,13 @@ def _class_colour(index: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.45 + 0.15 * (index % 3), 0.95 - 0.2 * (index % 2))
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, dpi: int = 150) -> Any:
     """A figure of `width` x `height` inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "prior-hub[plots]"') from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def _tidy(panel: Any) -> None:
@@ -517,31 +544,204 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _quantiles(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Quantiles by sorting: `torch.quantile` refuses more than 2^24 values."""
-    ordered = values.sort().values
-    return ordered[(levels * (len(ordered) - 1)).round().long()]
+# ------------------------------------------------------------------------------------------------ pictures of a prior
 
 
-def _label_blocks(panel: Any, names: Sequence[str]) -> None:
-    """Mark where the model's blocks begin, by the first two parts of the name that tell tensors apart."""
-    parts = [name.split(".")[:-1] or [name] for name in names]  # the modules that own the tensors
-    pairs = zip(min(parts), max(parts), strict=False)  # the first and the last in order differ where any two do
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    blocks = [".".join(p[shared : shared + 2]) or p[-1] for p in parts]
-    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
+def _name(prior: PriorModel) -> str:
+    """A heading: where the prior is from, over which model, learned on what."""
+    config = prior.config
+    base = f"Prior over {config.base_model or config.model_type}" if config.base_model or config.model_type else "Prior"
+    data = config.source.get("dataset")
+    learned = f", learned on {', '.join(map(str, data)) if isinstance(data, (list, tuple)) else data}" if data else ""
+    return shorten((f"{prior.repo_id}: " if prior.repo_id else "") + base + learned, 110, placeholder=" ...")
+
+
+def _draw_prior(
+    prior: PriorModel, path: str | os.PathLike[str], what: str, found: Profile, title: str | None, dpi: int = 150
+) -> Path:
+    figure = _figure(*_SIZES[what], dpi)
+    if what == "all":
+        grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
+        _draw_variance(figure.add_subplot(grid[0, :]), found)
+        _draw_freedom(figure.add_subplot(grid[1, 0]), found)
+        _draw_spectrum(figure.add_subplot(grid[1, 1]), found)
+    else:
+        {"variance": _draw_variance, "freedom": _draw_freedom, "spectrum": _draw_spectrum}[what](figure.subplots(), found)
+    facts = f"{prior.num_parameters:,} values, rank {prior.rank}, scale {prior.scale:g}"
+    figure.suptitle(f"{title or _name(prior)}\n{facts}", fontsize=10)
+    return _save(figure, path)
+
+
+def _draw_variance(panel: Any, found: Profile) -> None:
+    """Standard deviations by parameter tensor: a point at the median, a line from 5 % to 95 %."""
+    by_name = {t.name: t for t in found.tensors}
+    blocks = [(b.name, [by_name[n] for n in b.parameters if by_name[n].size]) for b in found.blocks()]
+    tensors = [tensor for _, members in blocks for tensor in members]
+    low, middle, high = ([t.deviation[i] for t in tensors] for i in range(3))
+    place = range(len(tensors))
+    colour, marker, _ = _STYLES[0]
+    width, size = _fitting(len(tensors))
+    panel.vlines(place, low, high, color=colour, alpha=0.4, linewidth=width, label="5 % to 95 % of the tensor's weights")
+    panel.plot(place, middle, color=colour, marker=marker, markersize=size, linestyle="none", label="median weight")
+    starts = itertools.accumulate((len(members) for _, members in blocks), initial=0)
+    _mark_blocks(panel, [name for name, _ in blocks], list(starts)[:-1], len(tensors))
+    _logarithmic(panel, [*low, *high])
+    panel.set_xlabel("parameter tensors, in the network's order (named where a block begins)", fontsize=8)
+    panel.set_ylabel("standard deviation of a weight\n[in the weight's own units]", fontsize=8)
+    _legend(panel, "How far the prior lets a weight move")
+
+
+def _draw_spectrum(panel: Any, found: Profile) -> None:
+    """Share of the low-rank variance by direction, and of all directions up to it."""
+    shares = _shares(found)
+    if not shares:
+        panel.text(0.5, 0.5, "no low-rank part:\na diagonal prior", ha="center", va="center", transform=panel.transAxes)
+        panel.set_axis_off()
+        return
+    place = range(1, len(shares) + 1)
+    together = list(itertools.accumulate(shares))
+    for values, label, (colour, marker, line) in (
+        (together, "with those before", _STYLES[2]),
+        (shares, "alone", _STYLES[4]),
+    ):
+        size = 4 if len(shares) <= 40 else 2
+        panel.plot(place, values, color=colour, marker=marker, linestyle=line, markersize=size, linewidth=1.2, label=label)
+    equal = 100 / len(shares)
+    panel.axhline(equal, color=_GREY, linewidth=0.9, linestyle=":", label=f"if all were equal ({equal:.3g} %)")
+    _logarithmic(panel, [*shares, *together])
+    _in_per_cent(panel)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlim(0.5, len(shares) + 0.5)
+    panel.set_xlabel("principal direction of the deviations, largest first", fontsize=8)
+    panel.set_ylabel("share of the low-rank variance", fontsize=8)
+    panel.tick_params(axis="x", labelsize=7.5)
+    share = f"{100 * found.low_rank_share:.0f} % of the total variance"
+    _legend(panel, f"Low-rank part: {share},\neffective rank {found.effective_rank:.1f} of {len(found.spectrum)}")
+
+
+def _draw_freedom(panel: Any, found: Profile) -> None:
+    """By block: standard deviation over the size of the weights, together and of either part alone."""
+    blocks = [b for b in found.blocks() if b.freedom]
+    drawn = [
+        ("together", [b.total / b.weight for b in blocks], _STYLES[0]),
+        ("diagonal alone", [b.diagonal / b.weight for b in blocks], _STYLES[1]),
+        ("low-rank part alone", [b.low_rank / b.weight for b in blocks], _STYLES[2]),
+    ]
+    shown = [(label, values, style) for label, values, style in drawn if any(values)]
+    if len(shown) == 2:  # only one part there is: the same as together
+        shown = shown[:1]
+    _, size = _fitting(len(blocks))
+    for label, values, (colour, marker, line) in shown:
+        heights = [value if value > 0 else math.nan for value in values]
+        options = {"marker": marker if len(blocks) <= _MANY else "", "markersize": size + 1, "linestyle": line}
+        panel.plot(
+            range(len(blocks)), heights, color=colour, linewidth=1.2 if label == "together" else 0.8, label=label, **options
+        )
+    panel.axhline(1, color=_GREY, linewidth=0.9, linestyle=":", label="as large as the weights")
+    _logarithmic(panel, [1.0, *(value for _, values, _ in shown for value in values)])
+    _in_per_cent(panel, 100)
+    _mark_blocks(panel, [b.name for b in blocks], list(range(len(blocks))), len(blocks))
+    zero = len(found.blocks()) - len(blocks)
+    left = f" ({zero} with a mean or variance of zero left out)" if zero else ""
+    panel.set_xlabel(f"blocks of the network, in its order{left}", fontsize=8)
+    panel.set_ylabel("standard deviation / size of the weights\n[root mean squares over the block]", fontsize=8)
+    _legend(panel, "Where the prior lets the network move")
+
+
+def _say_variance(found: Profile, scale: float) -> str:
+    medians = {t.name: t.deviation[1] for t in found.tensors if t.size}
+    if not medians:
+        return ""
+    low, high = min(medians, key=medians.__getitem__), max(medians, key=medians.__getitem__)
+    span = f"goes from {medians[low]:.2g} in {low} to {medians[high]:.2g} in {high}"
+    return (
+        f"Standard deviation of the weights under the prior by parameter tensor, at scale {scale:g}: the median "
+        f"{span if low != high else f'is {medians[low]:.2g} in {low}'}."
+    )
+
+
+def _say_freedom(found: Profile, scale: float) -> str:
+    freedom = {b.name: b.freedom for b in found.blocks() if b.freedom}
+    if not freedom:
+        return ""
+    low, high = min(freedom, key=freedom.__getitem__), max(freedom, key=freedom.__getitem__)
+    span = f"from {100 * freedom[low]:.2g} % in {low} to {100 * freedom[high]:.2g} % in {high}"
+    return (
+        "Standard deviation of the weights under the prior in relation to their size, by block of the network, at scale "
+        f"{scale:g}: {span if low != high else f'{100 * freedom[low]:.2g} % in {low}'}."
+    )
+
+
+def _say_spectrum(found: Profile, scale: float) -> str:  # noqa: ARG001 - shares do not depend on it
+    shares = _shares(found)
+    if not shares:
+        return ""
+    useful = sum(1 for value in itertools.accumulate(shares) if value < 99) + 1
+    return (
+        f"Share of the low-rank variance by principal direction: the first of {len(found.spectrum)} holds {shares[0]:.3g} %, "
+        f"the first {useful} hold 99 %; the effective rank is {found.effective_rank:.1f}."
+    )
+
+
+def _shares(found: Profile) -> list[float]:
+    """Per cent of the low-rank variance along each direction; directions that hold nothing are left out."""
+    total = math.fsum(found.spectrum)
+    return [100 * value / total for value in found.spectrum if value > 1e-12 * found.spectrum[0]] if total > 0 else []
+
+
+def _fitting(count: int) -> tuple[float, float]:
+    """(width of a line, size of a marker) in points, so that so many stand beside each other."""
+    return max(0.6, min(4.0, 240 / max(1, count))), max(1.2, min(4.0, 240 / max(1, count)))
+
+
+def _logarithmic(panel: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with room around the values, a decade at least, and labels within a decade where it is short."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = min(positive), max(positive)
+    panel.set_yscale("log")
+    spread = max(1.25, math.sqrt(10 / (high / low)) if high / low < 10 else 1.25)
+    panel.set_ylim(low / spread, high * spread)
+    if high / low < 300:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _in_per_cent(panel: Any, factor: float = 1.0) -> None:
+    """Labels of the y axis as per cent of `factor` times its values."""
+    panel.yaxis.set_major_formatter(
+        lambda value, _: f"{factor * value:.3g} %" if factor * value < 1000 else f"{factor * value:,.0f} %"
+    )
+
+
+def _mark_blocks(panel: Any, names: Sequence[str], starts: Sequence[int], length: int) -> None:
+    """Name as many blocks on the x axis as there is room for."""
     chosen: list[int] = []
-    for start in starts:  # as many labels as there is room for
-        if not chosen or start - chosen[-1] >= len(names) / 24:
-            chosen.append(start)
-    panel.set_xticks(chosen, labels=[blocks[i] for i in chosen], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    for i, start in enumerate(starts):
+        if not chosen or start - starts[chosen[-1]] >= length / 26:
+            chosen.append(i)
+    labels = [_short_path(names[i]) for i in chosen]
+    panel.set_xticks([starts[i] for i in chosen], labels=labels, rotation=50, ha="right", rotation_mode="anchor", fontsize=6.5)
+    panel.set_xlim(-0.7, length - 0.3)
 
 
-def _singular_values(prior: PriorModel) -> list[float]:
-    """Standard deviations along the principal directions of scale * b * D^T D, largest first; zeros left out."""
-    values = prior.gaussian.spectrum()
-    return [math.sqrt(value) for value in values if value > 1e-9 * values[0]]
+def _short_path(path: str, longest: int = 24) -> str:
+    """A module's path with its words cut to three letters, from the left, as far as it is too long."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if len(".".join(parts)) > longest:
+            parts[i] = part[:3]
+    text = ".".join(parts)
+    return text if len(text) <= longest else f"...{text[-longest + 3 :]}"
 
 
-def _low_rank_share(prior: PriorModel) -> float:
-    return prior.diagnose().low_rank_share
+def _legend(panel: Any, title: str) -> None:
+    """A heading, the legend in one line below it and above the panel, where it covers nothing."""
+    panel.tick_params(axis="y", labelsize=7.5)
+    handles, labels = panel.get_legend_handles_labels()
+    options = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.99), "ncols": len(handles), "columnspacing": 1.2}
+    panel.legend(handles, labels, frameon=False, fontsize=7, handlelength=1.8, borderaxespad=0.2, **options)
+    panel.set_title(title, fontsize=9, pad=19)
+    _tidy(panel)

@@ -57,7 +57,7 @@ LICENSES = (  # the common ones of the Hub's list
 )
 FAULTS = {
     "status", "close", "reset", "drop", "truncate", "corrupt", "delay", "stall", "ignore_range", "header",
-    "lost_response",
+    "lost_response", "call",
 }  # fmt: skip
 NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.\-]{0,94}[\w\-])?")
 BAD_REFERENCE = re.compile(r"[\x00-\x20~^:?*\[\\]|\.\.|@\{|//|^/|/$|^-|\.lock$|\.$|^refs/|^$")
@@ -197,6 +197,7 @@ class Repo:
     id: str
     private: bool
     gated: str | bool = False
+    resource_group: str | None = None
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     lfs: dict[str, int] = field(default_factory=dict)
@@ -240,6 +241,18 @@ class Repo:
 
 
 @dataclass
+class Collection:
+    """A page that lists repositories. slug: owner, title and an id, the end of its address."""
+
+    slug: str
+    title: str
+    owner: str
+    private: bool
+    items: list[Json] = field(default_factory=list)
+    updated: str = field(default_factory=timestamp)
+
+
+@dataclass
 class Upload:
     """An LFS upload that was announced; who knows its key may PUT it to the CDN."""
 
@@ -270,7 +283,9 @@ class LoopbackHub:
         self.page_size = 1000
         self.lock = threading.RLock()
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, Collection] = {}
         self.uploads: dict[str, Upload] = {}
+        self.cards: dict[str, str] = {}  # id of a README.md -> its metadata: a listing of many models reads them all
         self.log: list[Json] = []
         self._secret = secrets.token_bytes(16)
         self._faults: list[Json] = []
@@ -315,7 +330,7 @@ class LoopbackHub:
         anything is handled (unless after_bytes); drop(after_bytes): FIN inside the body; truncate(keep_bytes): a
         shorter body that looks complete; corrupt(offset): one byte flipped; delay(seconds) before handling;
         stall(after_bytes, seconds) inside the body; ignore_range(); header(set={}, remove=[]);
-        lost_response(rst=False): handled, never answered.
+        lost_response(rst=False): handled, never answered; call(function): what else happens just before handling.
         """
         if action not in FAULTS:
             raise ValueError(f"unknown fault action {action!r}; one of {sorted(FAULTS)}")
@@ -345,7 +360,7 @@ class LoopbackHub:
             self.log.clear()
 
     def matching_faults(self, role: str, method: str, target: str) -> list[Json]:
-        """Rules that hit this request: any number of delays and header changes, then at most one other."""
+        """Rules that hit this request: any number of delays, calls and header changes, then at most one other."""
         hits = []
         with self.lock:
             for rule in self._faults:
@@ -358,7 +373,7 @@ class LoopbackHub:
                     rule["times"] -= rule["times"] > 0
                     rule["hits"] += 1
                     hits.append(rule)
-                    if rule["action"] not in ("delay", "header"):
+                    if rule["action"] not in ("delay", "header", "call"):
                         break
         return hits
 
@@ -392,12 +407,17 @@ class LoopbackHub:
     def card(self, commit: Commit) -> Json:
         """The metadata block of README.md; {} if there is none or it is not YAML."""
         readme = commit.tree.get("README.md")
+        if readme and readme.oid in self.cards:
+            return json.loads(self.cards[readme.oid])
         match = CARD.match(self.read(readme).decode("utf-8", "replace")) if readme else None
         try:
             data = yaml.safe_load(match[1]) if match else None
         except yaml.YAMLError:
             data = None
-        return json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else {}
+        text = json.dumps(data, default=str) if isinstance(data, dict) else "{}"
+        if readme:
+            self.cards[readme.oid] = text
+        return json.loads(text)
 
     def sign(self, oid: str) -> str:
         """The query of a pre-signed URL: who has it may read the object."""
@@ -510,6 +530,10 @@ def validate_yaml(hub: LoopbackHub, request: Request) -> Response:
         errors.append('"library_name" must be a string')
     errors += [f'"license" must be one of the Hub\'s, not {x!r}' for x in licenses if x not in LICENSES.split()]
     errors += [f'"base_model": {x!r} is no model id' for x in models if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(x))]
+    for i, entry in enumerate(as_list(data.get("model-index"))):
+        for key, kind in (("name", str), ("results", list)):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                errors.append(f'"model-index[{i}].{key}" is required')
     answer = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
     return as_json(answer, 400 if errors else 200)
 
@@ -525,7 +549,8 @@ def create_repo(hub: LoopbackHub, request: Request) -> Response:
     url = f"{request.base}/{repo_id}"
     if repo_id in hub.repos:
         raise HubError(409, f"You already created this model repo: {repo_id}", url=url)
-    repo = hub.repos[repo_id] = Repo(repo_id, private=wish.get("visibility") == "private" or bool(wish.get("private")))
+    private = wish.get("visibility") == "private" or bool(wish.get("private"))
+    repo = hub.repos[repo_id] = Repo(repo_id, private=private, resource_group=wish.get("resourceGroupId"))
     attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES.split()).encode()
     tree = {".gitattributes": Entry(hub.store("blob", attributes), len(attributes))}
     repo.refs["refs/heads/main"] = hub.commit(
@@ -559,6 +584,58 @@ def auth_check(hub: LoopbackHub, request: Request, repo: Repo, write: str) -> Re
     if write:
         hub.check_write(repo.owner, request)
     return as_json({})
+
+
+# ---------------------------------------------------------------------- collections
+def collection_json(collection: Collection) -> Json:
+    return {
+        "slug": collection.slug, "title": collection.title, "owner": {"name": collection.owner, "type": "user"},
+        "items": collection.items, "lastUpdated": collection.updated, "position": 0, "private": collection.private,
+        "theme": "orange", "upvotes": 0, "gating": False, "shareUrl": f"https://hf.co/collections/{collection.slug}",
+    }  # fmt: skip
+
+
+def find_collection(hub: LoopbackHub, request: Request, slug: str) -> Collection:
+    """The collection; a private one exists for its owner only."""
+    found = hub.collections.get(slug)
+    if found is None or (found.private and not hub.may_write(found.owner, request.who)):
+        raise HubError(404, "Collection not found")
+    return found
+
+
+@route("POST", "/api/collections")
+def create_collection(hub: LoopbackHub, request: Request) -> Response:
+    wish = request.json()
+    owner, title = wish.get("namespace") or request.user, wish.get("title") or ""
+    hub.check_write(owner, request)
+    if not title:
+        raise HubError(400, '"title" is required')
+    for other in hub.collections.values():
+        if (other.owner, other.title) == (owner, title):
+            raise HubError(409, "You already have a collection with this title", slug=other.slug)
+    slug = f"{owner}/{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}-{secrets.token_hex(12)}"
+    hub.collections[slug] = Collection(slug, title, owner, bool(wish.get("private")))
+    return as_json(collection_json(hub.collections[slug]))
+
+
+@route("GET", "/api/collections/{owner}/{name}")
+def get_collection(hub: LoopbackHub, request: Request, owner: str, name: str) -> Response:
+    return as_json(collection_json(find_collection(hub, request, f"{owner}/{name}")))
+
+
+@route("POST", "/api/collections/{owner}/{name}/items")
+def add_collection_item(hub: LoopbackHub, request: Request, owner: str, name: str) -> Response:
+    collection = find_collection(hub, request, f"{owner}/{name}")
+    hub.check_write(collection.owner, request)
+    wish = request.json()
+    item = wish["item"]
+    hub.readable_repo(item["id"], request)
+    if any((known["id"], known["type"]) == (item["id"], item["type"]) for known in collection.items):
+        raise HubError(409, "Item already exists in collection")
+    note = {"note": {"text": wish["note"], "html": wish["note"]}} if wish.get("note") else {}
+    added = {"_id": secrets.token_hex(12), "id": item["id"], "type": item["type"], "position": len(collection.items)}
+    collection.items.append(added | note)
+    return as_json(collection_json(collection))
 
 
 # ---------------------------------------------------------------------- what is there
@@ -659,7 +736,22 @@ def tree(hub: LoopbackHub, request: Request, repo: Repo, rev: str, path: str) ->
 def paths_info(hub: LoopbackHub, request: Request, repo: Repo, rev: str) -> Response:
     form, commit = parse_qs(request.body.decode()), repo.at(rev)
     known = {*commit.tree, *commit.folders()}
-    return as_json([tree_item(commit, p) for p in form.get("paths", []) if p in known])
+    items = [tree_item(commit, p) for p in form.get("paths", []) if p in known]
+    if truthy(form.get("expand", [""])[0]):
+        items = [item | {"lastCommit": last_change(repo, commit, item["path"])} for item in items]
+    return as_json(items)
+
+
+def last_change(repo: Repo, commit: Commit, path: str) -> Json:
+    """The last commit that changed a file or something in a folder."""
+
+    def content(at: Commit) -> list[Entry]:
+        return [entry for name, entry in sorted(at.tree.items()) if name == path or name.startswith(f"{path}/")]
+
+    for at in repo.history(commit):
+        if at.parent is None or content(repo.commits[at.parent]) != content(at):
+            return {"id": at.id, "title": at.title, "date": at.date}
+    raise AssertionError("unreachable: the first commit has no parent")
 
 
 @route("GET", "/api/models/{repo}/commits/{rev}")
@@ -969,7 +1061,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         hub, role = self.server.hub, self.server.role
         rules = hub.matching_faults(role, self.command, self.path)
-        self.fault: Json = next((r for r in rules if r["action"] not in ("delay", "header")), {})
+        self.fault: Json = next((r for r in rules if r["action"] not in ("delay", "header", "call")), {})
         self.header_faults = [r for r in rules if r["action"] == "header"]
         # logged on arrival, with the status filled in before the first byte goes out: who has the answer sees the entry
         self.entry: Json = {
@@ -984,7 +1076,11 @@ class _Handler(BaseHTTPRequestHandler):
             if rule["action"] == "delay":
                 time.sleep(rule.get("seconds", 1))
         try:
-            self.send(self.respond(self.read_body()))
+            body = self.read_body()
+            for rule in rules:
+                if rule["action"] == "call":
+                    rule["function"]()
+            self.send(self.respond(body))
         except HungUp:
             self.close_connection = True
         finally:

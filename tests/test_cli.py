@@ -11,9 +11,12 @@ import pytest
 import torch
 from hub_fixtures import fresh_repo_id
 from huggingface_hub import HfApi
+from models import tiny_vit
 
 from prior_hub import PriorModel, __version__
 from prior_hub.cli import main
+
+COMPLETE = {"base_model": "org/tiny", "license": "mit", "source": {"dataset": "org/data", "objective": "supervised"}}
 
 
 @pytest.fixture
@@ -22,14 +25,14 @@ def folder(tmp_path):
     mean = {"conv.weight": torch.randn(4, 3, generator=g), "conv.bias": torch.randn(4, generator=g)}
     variance = {n: torch.full_like(t, 1e-2) for n, t in mean.items()}
     rows = {n: torch.randn(3, *t.shape, generator=g) * 0.1 for n, t in mean.items()}
-    prior = PriorModel.from_tensors(
-        mean, variance, rows, base_model="org/tiny", license="mit", source={"dataset": "org/data", "objective": "supervised"}
-    )
+    prior = PriorModel.from_tensors(mean, variance, rows, **COMPLETE)
     prior.save_pretrained(tmp_path / "prior")
     return tmp_path / "prior"
 
 
-COMMANDS = ["demo", "learn", "info", "pull", "push", "check", "compress"]
+COMMANDS = [
+    *("demo", "learn", "list", "search", "fits", "info", "plot", "diff", "pull", "push", "card", "check", "compress"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -156,14 +159,17 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
     """The names stand for repositories of the reader's; what takes long is replaced by what notes its arguments."""
     import prior_hub.demo
     import prior_hub.learning.recipes
+    import prior_hub.learning.references
 
-    demos, learned = [], []
+    demos, learned, models = [], [], []
+    fitting = torch.nn.ModuleDict({"conv": torch.nn.Linear(3, 4)})
 
     def learn(base_model, dataset, *, output, **options):
         learned.append((dataset, options.get("estimator"), options.get("objective")))
         prior.save_pretrained(output)
 
     monkeypatch.setattr(prior_hub.learning.recipes, "learn_prior", learn)
+    monkeypatch.setattr(prior_hub.learning.references, "named_model", lambda name, revision: models.append(name) or fitting)
     monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
     prior = PriorModel.from_pretrained(folder)
     names = {name: fresh_repo_id(name.split("/")[1]) for name in ("org/resnet50-simclr-prior", "org/name", "me/my-prior")}
@@ -172,6 +178,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
         prior.push_to_hub(name, tag="v1.0")
     monkeypatch.chdir(tmp_path)
     prior.save_pretrained("my_prior")
+    tiny_vit().config.save_pretrained("my_model")
     with pytest.raises(SystemExit):
         main(["--help"])
     (first_step,) = re.findall(r"`prior-hub ([^`]+)`", capsys.readouterr().out)
@@ -186,16 +193,19 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
             words = [names.get(word, word) for word in shlex.split(line)[1:]]
             if command == "push":
                 targets.append(
-                    PriorModel.from_tensors({"w": torch.zeros(2)}, {"w": torch.ones(2)}).push_to_hub(fresh_repo_id())
+                    PriorModel.from_tensors({"w": torch.zeros(2)}, {"w": torch.ones(2)}, **COMPLETE).push_to_hub(
+                        fresh_repo_id()
+                    )
                 )
                 words[2] = targets[-1].repo_id
             assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
     expected = [("uoft-cs/cifar10", None, None), ("./photos", "fisher", None), ("fancyzhx/ag_news", None, "masked-lm")]
     assert learned == [*expected, ("./photos", None, "simclr"), (None, "isotropic", None)]
+    assert models == ["microsoft/resnet-50"]
     assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
     assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
     refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]
-    assert [(len(r.tags), len(r.pull_requests)) for r in refs] == [(0, 0), (1, 0), (0, 1)]
+    assert [(len(r.tags), len(r.pull_requests)) for r in refs] == [(0, 0), (0, 0), (1, 0), (0, 0), (0, 1)]
 
 
 @pytest.mark.hub

@@ -271,9 +271,9 @@ def test_large_pushes_are_made_beside_the_clients_cache_unless_tmpdir_says_where
 def test_a_push_writes_where_it_is_told_to_and_leaves_nothing_there(tmp_path, monkeypatch):
     asked, found = [], []
     prior = random_prior(deviations=torch.bfloat16)
-    monkeypatch.setattr("prior_hub.model.scratch_folder", lambda size: (asked.append(size), tmp_path)[1])
+    monkeypatch.setattr("prior_hub.registry.hub.scratch_folder", lambda size: (asked.append(size), tmp_path)[1])
     monkeypatch.setattr(
-        "prior_hub.model.upload_prior", lambda folder, *_, **__: found.append((Path(folder).parent, read_config(folder)))
+        "prior_hub.model.upload_prior", lambda folder, *_, **__: found.append((Path(folder).parent.parent, read_config(folder)))
     )
     prior.push_to_hub("org/name")
     assert asked == [sum(t.numel() * t.element_size() for t in tensors_of(prior).values())]

@@ -370,7 +370,12 @@ def test_learn_can_push_what_it_learned(places, tmp_path, hub, capsys):
     from hub_fixtures import fresh_repo_id
 
     name = fresh_repo_id("learned")
-    assert main(command(places, tmp_path / "prior", "--estimator", "isotropic", "--push-to", name)) == 0
+    learn = command(places, tmp_path / "prior", "--estimator", "isotropic", "--push-to", name)
+    assert main(learn) == 1
+    assert "no licence" in (said := capsys.readouterr().err)
+    assert "which is no name on the Hub" in said
+    assert not (tmp_path / "prior").exists(), "it is said before anything is learned"
+    assert main([*learn, "--license", "mit", "--allow-incomplete"]) == 0
     assert f"/{name}/commit/" in capsys.readouterr().out
     assert PriorModel.from_pretrained(name).config.estimator["name"] == "isotropic"
 

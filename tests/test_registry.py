@@ -128,7 +128,7 @@ def test_the_files_of_a_large_prior_are_fetched_side_by_side(repo, cache, monkey
     assert_same(load(repo, cache), prior)
 
 
-def test_when_one_file_fails_those_that_wait_are_not_fetched(repo, cache, monkeypatch):
+def test_when_one_file_fails_those_that_wait_are_not_fetched(repo, cache, monkeypatch, no_waiting):
     random_prior(rank=3).push_to_hub(repo, **SHARDS)
     plain, asked = HfApi.hf_hub_download, []
 
@@ -136,7 +136,7 @@ def test_when_one_file_fails_those_that_wait_are_not_fetched(repo, cache, monkey
         if ".safetensors" not in filename:
             return plain(self, repo_id, filename, **options)
         asked.append(filename)
-        if len(asked) == 1:
+        if filename == asked[0]:
             raise ConnectionError("the first")
         threading.Event().wait(0.2)  # the others are long under way
         return None
@@ -145,7 +145,8 @@ def test_when_one_file_fails_those_that_wait_are_not_fetched(repo, cache, monkey
     monkeypatch.setattr(registry, "_DOWNLOADS", 1)
     with pytest.raises(PriorConnectionError, match="the first"):
         load(repo, cache)
-    assert len(asked) <= 2 < len(download_config(repo, cache_dir=cache)[0].weight_files)
+    assert asked.count(asked[0]) == 3, "it was tried again"
+    assert len(set(asked)) <= 2 < len(download_config(repo, cache_dir=cache)[0].weight_files)
 
 
 def test_a_push_is_one_commit_of_configuration_weights_and_card(hub):
@@ -451,7 +452,7 @@ def test_offline_a_cached_prior_loads_and_another_says_why_not(hub, repo, cache)
     assert not hub.requests(repo)
 
 
-def test_without_a_connection_a_cached_prior_loads_and_another_says_why_not(repo, cache, monkeypatch):
+def test_without_a_connection_a_cached_prior_loads_and_another_says_why_not(repo, cache, monkeypatch, no_waiting):
     load(repo, cache)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert_same(load(repo, cache), random_prior())
@@ -647,19 +648,24 @@ def test_a_file_name_in_the_configuration_cannot_lead_anywhere_else(hub, repo, c
     assert not hub.requests(r"\.safetensors")
 
 
-def test_a_download_that_breaks_off_is_an_error_of_the_connection_or_is_repeated(hub, repo, cache, lfs_only):
+def test_a_download_that_breaks_off_is_repeated_and_in_the_end_an_error_of_the_connection(
+    hub, repo, cache, lfs_only, no_waiting
+):
     hub.add_fault("truncate", keep_bytes=100, method="GET", path="^/lfs/", times=-1)
     with refusal(PriorConnectionError, repo, "broke off"):
         load(repo, cache)
     hub.clear_faults()
-    hub.add_fault("reset", after_bytes=100, method="GET", path="^/lfs/")
-    with refusal(PriorConnectionError, repo, "connection"):
+    hub.add_fault("reset", after_bytes=100, method="GET", path="^/lfs/", times=-1)
+    with refusal(PriorConnectionError, repo, "connection", "try again"):
         load(repo, cache)
+    hub.clear_faults()
+    hub.add_fault("reset", after_bytes=100, method="GET", path="^/lfs/", times=2)
+    assert_same(load(repo, cache), random_prior())
     hub.add_fault("drop", after_bytes=100, method="GET", path="^/lfs/")
     assert_same(load(repo, cache), random_prior())
 
 
-def test_weights_that_cannot_be_fetched_are_an_error_of_the_connection(hub, repo, cache):
+def test_weights_that_cannot_be_fetched_are_an_error_of_the_connection(hub, repo, cache, no_waiting):
     """In both transfers: what hf_xet raises is no error of an HTTP library."""
     hub.add_fault("status", status=500, path="^/lfs/|^/xorb/|^/v[12]/", times=-1)
     with refusal(PriorConnectionError, repo):
@@ -670,7 +676,9 @@ def test_weights_that_cannot_be_fetched_are_an_error_of_the_connection(hub, repo
 
 # ---------------------------------------------------------------------------------------------------------- a failing Hub
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_failing_hub_is_an_error_of_the_connection_and_a_cached_prior_loads_if_it_is_down(hub, repo, cache, status):
+def test_a_failing_hub_is_an_error_of_the_connection_and_a_cached_prior_loads_if_it_is_down(
+    hub, repo, cache, status, no_waiting
+):
     hub.add_fault("status", status=status, path=f"/api/models/{repo}", times=-1)
     with refusal(PriorConnectionError, repo):
         load(repo, cache)
@@ -685,7 +693,7 @@ def test_a_failing_hub_is_an_error_of_the_connection_and_a_cached_prior_loads_if
 
 
 @pytest.mark.parametrize("action", ["close", "reset"])
-def test_a_broken_connection_is_an_error_of_the_connection_or_a_cached_prior(hub, repo, cache, action):
+def test_a_broken_connection_is_an_error_of_the_connection_or_a_cached_prior(hub, repo, cache, action, no_waiting):
     hub.add_fault(action, path=repo, times=-1)
     with refusal(PriorConnectionError, repo):
         load(repo, cache)
@@ -707,8 +715,9 @@ def test_a_file_that_fails_for_good_is_an_error_of_the_connection(hub, repo, cac
     assert_same(load(repo, cache), random_prior())
 
 
-def test_something_else_that_answers_is_called_that(hub, repo, cache):
-    hub.add_fault("status", status=200, body="<html>Please log in to the network</html>", path=f"/api/models/{repo}")
+def test_something_else_that_answers_is_called_that(hub, repo, cache, no_waiting):
+    page = "<html>Please log in to the network</html>"
+    hub.add_fault("status", status=200, body=page, path=f"/api/models/{repo}", times=-1)
     with refusal(PriorConnectionError, "not the Hub", "proxy"):
         load(repo, cache)
 
@@ -725,7 +734,7 @@ def test_a_commit_whose_answer_is_lost_is_a_success_and_is_made_once(hub, repo, 
     assert_same(load(repo, cache), prior)
 
 
-def test_a_lost_answer_and_then_silence_says_that_nobody_knows(hub, repo):
+def test_a_lost_answer_and_then_silence_says_that_nobody_knows(hub, repo, no_waiting):
     hub.add_fault("lost_response", method="POST", path=f"{repo}/commit/")
     look = f"/api/models/{repo}/revision/"
     hub.add_fault("close", method="GET", path=look, skip=1, times=-1)  # the first one precedes the commit
@@ -735,10 +744,13 @@ def test_a_lost_answer_and_then_silence_says_that_nobody_knows(hub, repo):
     assert len(titles(repo)) == 3
 
 
-def test_a_lost_answer_to_a_pull_request_warns_that_it_may_be_open(hub, repo):
+def test_a_pull_request_whose_answer_is_lost_is_found_and_opened_once(hub, repo, cache):
     hub.add_fault("lost_response", method="POST", path=f"{repo}/commit/")
-    with refusal(PriorConnectionError, "pull request may have been opened"):
-        random_prior(seed=1).push_to_hub(repo, create_pr=True)
+    result = random_prior(seed=1).push_to_hub(repo, create_pr=True)
+    (ref,) = alice.list_repo_refs(repo, include_pull_requests=True).pull_requests
+    assert (ref.ref, ref.target_commit) == ("refs/pr/1", result.commit_hash)
+    assert result.pull_request_url == f"{hub.endpoint}/{repo}/discussions/1"
+    assert_same(load(repo, cache, revision="refs/pr/1"), random_prior(seed=1))
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])

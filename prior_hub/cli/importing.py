@@ -17,6 +17,7 @@ from prior_hub.cli.common import (
     non_negative,
     print_rows,
 )
+from prior_hub.cli.share import allow_incomplete_argument, publish
 
 __all__ = ["add_commands"]
 
@@ -30,13 +31,17 @@ def _import(arguments: argparse.Namespace) -> int:
     import torch
 
     from prior_hub.learning.references import reference_model
-    from prior_hub.model import PriorModel, push_prior_to_hub
+    from prior_hub.model import PriorModel
+    from prior_hub.registry.completeness import check_complete, missing_metadata
 
     single = {kind: getattr(arguments, kind) for kind in ("mean", "variance", "covmat", "model") if getattr(arguments, kind)}
     if bool(single) == bool(arguments.files):
         raise ValueError(
             "name the files once: a folder, prefix, checkpoint or Hub repository, or --mean, --variance and so on."
         )
+    if arguments.push_to and not arguments.allow_incomplete:
+        known = {"license": arguments.license, "base_model": arguments.base_model, "dataset": arguments.dataset}
+        check_complete(missing_metadata(**known, estimator=None))
     source = {"objective": arguments.objective, "dataset": arguments.dataset}
     with warnings.catch_warnings(record=arguments.json) as caught:  # as JSON they are part of the answer
         if arguments.json:
@@ -62,7 +67,8 @@ def _import(arguments: argparse.Namespace) -> int:
         prior.save_pretrained(arguments.output, repo_id=arguments.push_to)
     pushed = None
     if arguments.push_to:
-        pushed = push_prior_to_hub(arguments.output, arguments.push_to, private=True if arguments.private else None)
+        private = True if arguments.private else None
+        pushed = publish(arguments.output, arguments.push_to, private=private, allow_incomplete=arguments.allow_incomplete)
     config = prior.config
     if arguments.json:
         answer = {
@@ -103,7 +109,8 @@ def _import_arguments(commands: Any) -> None:
         "s (v/2 + e) and s Q^T Q/(2(k-1)). The last four are what published code makes of the first k rows.",
         "examples:\n  prior-hub import ./resnet50_ssl_prior --output my_prior\n"
         "  prior-hub import ./resnet50_ssl_prior --convention paper --reference torchvision:resnet50 --output my_prior\n"
-        "  prior-hub import ./swag-100.pt --dtype bfloat16 --output my_prior --push-to me/my-prior\n"
+        "  prior-hub import ./swag-100.pt --dtype bfloat16 --output my_prior --push-to me/my-prior --license mit "
+        "--base-model org/model --dataset org/data\n"
         "  prior-hub import --mean m.pt --variance v.pt --rank 0 --reference torchvision:resnet50 --output my_prior",
     )
     add = command.add_argument
@@ -144,6 +151,7 @@ def _import_arguments(commands: Any) -> None:
     add("--dataset", metavar="NAME", help="its data set, for the card")
     add("--license", metavar="ID", help="the prior's licence, for the card")
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository to import from")
-    add("--push-to", metavar="REPO", help="also publish it on the Hub")
+    add("--push-to", metavar="REPO", help="also publish it on the Hub; needs --license, --base-model and --dataset")
+    allow_incomplete_argument(command)
     add("--private", action="store_true", help="make the new repository private")
     json_argument(command)

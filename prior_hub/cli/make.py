@@ -21,6 +21,7 @@ from prior_hub.cli.common import (
     read_config_of,
 )
 from prior_hub.cli.look import show_info
+from prior_hub.cli.share import allow_incomplete_argument, publish
 
 __all__ = ["add_commands"]
 
@@ -105,19 +106,29 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _learn(arguments: argparse.Namespace) -> int:
     from prior_hub.learning.recipes import learn_prior
-    from prior_hub.model import push_prior_to_hub
+    from prior_hub.registry.completeness import check_complete, missing_metadata
 
+    if arguments.push_to is not None and not arguments.allow_incomplete:  # before hours of learning
+        estimator = arguments.estimator if arguments.estimator == "isotropic" else None
+        local = Path(arguments.base_model).is_dir()  # which means nothing to others, and is not recorded
+        base_model = f"./{arguments.base_model}" if local else arguments.base_model
+        known = {"license": arguments.license, "base_model": base_model, "dataset": arguments.dataset}
+        check_complete(missing_metadata(**known, estimator=estimator))
     given = {name: value for name, value in vars(arguments).items() if name in _LEARN_NAMES and value is not None}
     learn_prior(arguments.base_model, arguments.dataset, **given)
     folder = str(arguments.output)
-    pushed = None if arguments.push_to is None else push_prior_to_hub(folder, arguments.push_to)
+    pushed = None
+    if arguments.push_to is not None:
+        pushed = publish(arguments.output, arguments.push_to, allow_incomplete=arguments.allow_incomplete)
     if arguments.json:
         config, _, _ = read_config_of(argparse.Namespace(prior=folder, subfolder=None, revision=None))
         result = {"ok": True, "folder": folder, "config": json.loads(config.to_json())}
         print(json.dumps(result | ({} if pushed is None else {"pushed": dataclasses.asdict(pushed)})))
         return 0
     show_info(*read_config_of(argparse.Namespace(prior=folder, subfolder=None, revision=None)))
-    print(f"\nnext: prior-hub check {folder}" + (f"\n      prior-hub push {folder} YOUR-NAME/NAME" if pushed is None else ""))
+    licence = "" if arguments.license else " --license ID"
+    push = f"\n      prior-hub push {folder} YOUR-NAME/NAME{licence}" if pushed is None else ""
+    print(f"\nnext: prior-hub check {folder}{push}")
     if pushed is not None:
         print(f"pushed to {pushed.pull_request_url or pushed.commit_url}")
     return 0
@@ -203,7 +214,8 @@ def _learn_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=non_negative, metavar="N", help="default: 0")
     add("--cpu", dest="use_cpu", action="store_const", const=True, help="do not use an accelerator that is there")
     add("--progress", action="store_const", const=True, help="show progress bars even where the output is no terminal")
-    add("--push-to", metavar="REPO", help="also publish it on the Hub under this name")
+    add("--push-to", metavar="REPO", help="also publish it on the Hub under this name; needs --license")
+    allow_incomplete_argument(parser)
     json_argument(parser)
 
 

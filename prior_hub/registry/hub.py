@@ -8,19 +8,34 @@ the head is compared before anything is tried again; errors that say what to do.
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_session,
+    get_token,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -32,7 +47,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import GitRefs, RepoFile, RepoUrl
 
 from prior_hub import __version__
 from prior_hub.errors import (
@@ -41,11 +56,29 @@ from prior_hub.errors import (
     PriorFormatError,
     PriorHubError,
     PriorNotFoundError,
+    PriorStorageError,
 )
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_name
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
 from prior_hub.priors.tensor_files import side_by_side
-from prior_hub.registry.card import read_card, render_card, update_card
+from prior_hub.registry.card import (
+    PICTURES,
+    card_pictures,
+    card_problems,
+    card_versions,
+    read_card,
+    render_card,
+    update_card,
+)
+from prior_hub.registry.completeness import check_complete, completed, missing_in, refuse_tokens
+from prior_hub.registry.evaluation import Evaluation, eval_results
+from prior_hub.registry.versions import Version, new_versions
+
+_fcntl: ModuleType | None
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows
+    _fcntl = None
 
 try:
     from huggingface_hub.errors import RevisionResolutionError
@@ -58,19 +91,29 @@ except ImportError:  # pragma: no cover - name of later clients
 __all__ = [
     "LIBRARY_NAME",
     "DownloadedPrior",
+    "PlannedFile",
+    "PushOptions",
+    "PushPlan",
     "PushResult",
     "download_config",
     "download_legacy",
     "download_prior",
+    "plan_push",
+    "push_folder",
     "scratch_folder",
     "upload_prior",
 ]
 
+_T = TypeVar("_T")
+
 LIBRARY_NAME = "prior-hub"
 _LARGE_PUSH = 256_000_000  # bytes
 _DOWNLOADS = 8  # files at a time
-_PUSH_TRIES = 3
-_PUSH_WAIT = 1.0  # seconds before the second try; twice that before the third
+_DISK_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on the Hub
+_TRIES = 3
+_WAIT = 1.0  # seconds before the second try; twice that before the third
+_PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
 
@@ -92,10 +135,128 @@ class PushResult:
     commit_hash: str
     pull_request_url: str | None = None
     tag: str | None = None
+    collection_url: str | None = None
+
+
+class _Api(HfApi):
+    """The client, with the patience that it has for files only.
+
+    Requests that may be repeated without harm are, when the Hub or the connection fails. The description of a repository is
+    waited for as long as that of a file (HF_HUB_ETAG_TIMEOUT), not for ever. A small file whose content is not what its name in
+    the cache says is downloaded once more: the client compares sizes only.
+    """
+
+    def repo_info(self, *args: Any, repo_type: str | None = None, **options: Any) -> ModelInfo:
+        """What resolve_revision asks, which has the cache to fall back on: not repeated."""
+        del repo_type
+        return super().model_info(*args, **options | {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT})
+
+    def resolve_revision(self, *args: Any, **options: Any) -> Any:
+        return _patiently(super().resolve_revision, *args, **options)
+
+    def model_info(self, *args: Any, **options: Any) -> ModelInfo:
+        return _patiently(self.repo_info, *args, **options)
+
+    def list_repo_refs(self, *args: Any, **options: Any) -> GitRefs:
+        return _patiently(super().list_repo_refs, *args, **options)
+
+    def get_paths_info(self, *args: Any, **options: Any) -> Any:
+        return _patiently(super().get_paths_info, *args, **options)
+
+    def update_repo_settings(self, *args: Any, **options: Any) -> None:
+        _patiently(super().update_repo_settings, *args, **options)
+
+    def create_tag(self, *args: Any, **options: Any) -> None:
+        _patiently(super().create_tag, *args, **options)  # one that is there already is a conflict: see `_tag`
+
+    def create_repo(self, *args: Any, exist_ok: bool = False, **options: Any) -> RepoUrl:
+        call = partial(super().create_repo, *args, exist_ok=exist_ok, **options)
+        return _patiently(call) if exist_ok else call()
+
+    def create_branch(self, *args: Any, exist_ok: bool = False, **options: Any) -> None:
+        call = partial(super().create_branch, *args, exist_ok=exist_ok, **options)
+        _patiently(call) if exist_ok else call()
+
+    def hf_hub_download(self, *args: Any, **options: Any) -> Any:
+        path = _patiently(super().hf_hub_download, *args, **options)
+        if options.get("local_files_only") or _is_what_its_name_says(Path(path)):
+            return path
+        return _patiently(super().hf_hub_download, *args, **options | {"force_download": True})
+
+
+def _patiently(call: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    """The result of a call that may be repeated, which it is while the Hub or the connection fails, `_TRIES` times in all."""
+    for attempt in range(1, _TRIES):
+        try:
+            return call(*args, **options)
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(_pause(error, attempt))
+    return call(*args, **options)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment; not if the client has tried it for long already, or is offline."""
+    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, OfflineModeIsEnabled):
+        return False
+    try:
+        with _explained("", None, None):
+            raise error
+    except PriorConnectionError:
+        return not isinstance(error, OfflineModeIsEnabled)
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _pause(error: BaseException | None, attempt: int) -> float:
+    """Seconds until the next try: what the Hub asks for (up to a minute), or 1, 2, ..."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), 60.0) if asked.isdigit() else _WAIT * attempt
+
+
+def _is_what_its_name_says(path: Path) -> bool:
+    """Whether a cached file has the content its name in the cache promises; True where the name says nothing of it.
+
+    Small files are named by their ETag, on the Hub git's sha1; a mirror may have one of its own.
+    """
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{40}", blob.name) or blob.stat().st_size > _SMALL_FILE:
+        return True
+    content = blob.read_bytes()
+    return blob.name in (_digest(content, "sha1", f"blob {len(content)}\0".encode()), _digest(content, "sha1"))
 
 
 def _api(token: str | bool | None) -> HfApi:
-    return HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+    return _Api(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+
+
+_bounded_lock = threading.Lock()
+_bounded_sessions: list[Any] = []
+_bounded_depth = 0
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Meanwhile the client's requests that have no time-out of their own get one: a silent Hub fails instead of hanging a push.
+
+    A session of the client that has a time-out already keeps it. It is the session of the process, and is put back.
+    """
+    global _bounded_depth
+    with _bounded_lock:
+        _bounded_depth += 1
+        session = get_session()
+        if session.timeout.read is None:
+            session.timeout = float(os.environ.get("PRIOR_HUB_TIMEOUT") or _PATIENCE)
+            _bounded_sessions.append(session)
+    try:
+        yield
+    finally:
+        with _bounded_lock:
+            _bounded_depth -= 1
+            while not _bounded_depth and _bounded_sessions:
+                _bounded_sessions.pop().timeout = None
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
@@ -111,6 +272,7 @@ def download_prior(
     local_files_only: bool = False,
     force_download: bool = False,
     repair: bool = False,
+    check: Callable[[PriorConfig], object] | None = None,
 ) -> DownloadedPrior:
     """Bring a prior's configuration and weights into the client's cache, all from one commit.
 
@@ -123,6 +285,7 @@ def download_prior(
         local_files_only: use the cache only.
         force_download: download everything again.
         repair: download again what is damaged: the configuration, and the weight files that have not its hashes.
+        check: called with the configuration before any weights are asked for; what it raises ends the download.
 
     Raises:
         PriorNotFoundError: no such repository, revision or sub-folder, or no prior there, or not in the cache.
@@ -134,6 +297,8 @@ def download_prior(
     again = force_download or repair
     config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, again)
     config = PriorConfig.from_json(read_bounded(config_path), where=f"{CONFIG_NAME} of {repo_id}")
+    if check is not None:
+        check(config)
     names = [*config.weight_files, *([INDEX_NAME] if len(config.weight_files) > 1 else [])]
 
     def fetch(name: str) -> None:
@@ -246,25 +411,235 @@ def scratch_folder(size: int) -> Path | None:
     return folder if os.access(folder, os.W_OK) and room > 1.05 * size else None
 
 
-def upload_prior(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    tag: str | None = None,
-) -> PushResult:
+@contextlib.contextmanager
+def push_folder(size: int) -> Iterator[Path]:
+    """A temporary folder for files of `size` bytes that are to be pushed (see `scratch_folder`); gone afterwards.
+
+    A process that is killed leaves its folder behind. It is removed by the next push: the lock on it ended with the process.
+    """
+    where = Path(scratch_folder(size) or tempfile.gettempdir())
+    _remove_abandoned(where)
+    folder = Path(tempfile.mkdtemp(prefix="prior-hub-new-", dir=where))
+    handle = None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody can tell, so nobody removes it
+            handle = _locked(folder)
+            folder = folder.rename(where / folder.name.replace("-new-", "-push-"))  # by this name only with the lock held
+        (inner := folder / "prior").mkdir()
+        yield inner
+    except OSError as error:
+        if error.errno not in _DISK_SAYS_NO or isinstance(error, PriorHubError):
+            raise
+        raise PriorStorageError(
+            error.errno,
+            f"{os.strerror(error.errno)} while the {size / 1e6:.3g} MB to push were written. Nothing was pushed. Make room, or "
+            "set TMPDIR to a folder with room, then push again",
+            error.filename or str(where),
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_abandoned(where: Path) -> None:
+    """Remove the folders of pushes whose process is gone."""
+    for folder in where.glob("prior-hub-push-*"):
+        with contextlib.suppress(OSError):  # somebody else's, or under way
+            handle = _locked(folder)
+            if handle is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the lock on a folder; None where there are no such locks (Windows).
+
+    Raises:
+        OSError: it is held by somebody else.
+    """
+    if _fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _fcntl.flock(handle, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """How a prior is pushed. A name that is not here is a TypeError.
+
+    Attributes:
+        revision: branch to push to, created if missing; "main" when None.
+        subfolder: folder of the repository.
+        token: an access token; the logged-in one when None.
+        private: make a new repository private; refused if there is a public one.
+        gated: "auto" or "manual": who wants the files must accept the terms first, before anything is uploaded; None: as it is.
+        resource_group_id: resource group of an Enterprise organisation, for a new repository.
+        create_pr: open a pull request instead.
+        commit_message: first line of the commit; the card's list of versions shows it too.
+        commit_description: rest of the commit message.
+        tag: tag the commit; refused if it exists.
+        license, base_model, dataset: put in place of what the configuration says, in what is pushed.
+        allow_incomplete: push without licence, base model or source data set.
+        evaluation: see `eval_results`; None keeps those of the card that is there if it is of the same prior.
+        evaluation_dataset, evaluation_task: where `evaluation` names none.
+        compute: see `check_compute`; None as for `evaluation`.
+        pictures: path of a file -> alternative text; pushed into the folder prior_pictures; None as for `evaluation`.
+    """
+
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    private: bool | None = None
+    gated: Literal["auto", "manual"] | None = None
+    resource_group_id: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    commit_description: str | None = None
+    tag: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    dataset: str | list[str] | None = None
+    allow_incomplete: bool = False
+    evaluation: Evaluation | None = None
+    evaluation_dataset: str | None = None
+    evaluation_task: str | None = None
+    compute: Mapping[str, Any] | None = None
+    pictures: Mapping[str | os.PathLike[str], str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tag and self.create_pr:
+            raise ValueError("a pull request cannot be tagged: push without tag=, and tag the commit once it is merged.")
+        if self.gated not in (None, "auto", "manual"):
+            raise ValueError(f"gated is {self.gated!r}, expected 'auto' or 'manual'.")
+
+    @property
+    def branch(self) -> str:
+        """Where it is pushed to."""
+        return self.revision or "main"
+
+    def config(self, config: PriorConfig) -> PriorConfig:
+        """The configuration that is pushed.
+
+        Raises:
+            PriorMetadataError: what a reader needs is missing.
+        """
+        config = completed(config, license=self.license, base_model=self.base_model, dataset=self.dataset)
+        if not self.allow_incomplete:
+            check_complete(missing_in(config))
+        return config
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of a push. status: "new", "changed", "unchanged" or "deleted"; size: bytes, 0 if it is deleted."""
+
+    path: str
+    size: int
+    status: str
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do: nothing is sent to find out.
+
+    Attributes:
+        repo_id: the repository's full name.
+        exists: whether it is there, as far as this token sees.
+        private: whether it is private, or would be; None: as its owner's new repositories are.
+        branch: where it would be pushed to.
+        head: the commit that is there.
+        create_pr, tag, gated: as they were asked for.
+        files: every file.
+        card_diff: the card that is there against the new one, as a unified diff; "" if they are the same.
+        missing: what the metadata lack, and how it is given.
+        problems: why this push would be refused; empty if nothing is known against it.
+    """
+
+    repo_id: str
+    exists: bool
+    private: bool | None
+    branch: str
+    head: str | None
+    create_pr: bool
+    tag: str | None
+    gated: str | None
+    files: tuple[PlannedFile, ...]
+    card_diff: str
+    missing: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Push:
+    """One push under way: what is sent, whatever is there. stored: the configuration in the folder, config: the one pushed."""
+
+    stored: PriorConfig
+    config: PriorConfig
+    files: Mapping[str, Path | bytes]
+    results: list[EvalResult]
+    options: PushOptions
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str], options: PushOptions) -> _Push:
+        """Read and check everything that can be told without a request."""
+        stored = read_config(folder)
+        config = options.config(stored)
+        sub = options.subfolder
+        files: dict[str, Path | bytes] = {_join(sub, path.name): path for path in prior_files(folder, stored)}
+        if config != stored:
+            files[_join(sub, CONFIG_NAME)] = config.to_json().encode()
+        for path in options.pictures or {}:
+            files[_join(sub, f"{PICTURES}/{Path(path).name}")] = Path(path)
+            if not Path(path).is_file():
+                raise PriorNotFoundError(f"{os.fspath(path)} is not there: nothing was sent. pictures= takes paths of files.")
+        results = eval_results(options.evaluation, dataset=options.evaluation_dataset, task=options.evaluation_task)
+        push = cls(stored, config, files, results, options)
+        texts = [("commit_message", options.commit_message), ("commit_description", options.commit_description)]
+        texts += [(CONFIG_NAME, config.to_json()), ("the model card", push.card(None, "o/n", []))]
+        token = options.token if isinstance(options.token, str) else get_token()
+        refuse_tokens(texts, token)
+        return push
+
+    def card(self, there: str | None, repo_id: str, versions: Sequence[Version], previous: PriorConfig | None = None) -> str:
+        """The card to push: rendered anew, with a person's text of the folder's card and of the one that is there."""
+        path = self.files.get(_join(self.options.subfolder, CARD_NAME))
+        rendered = render_card(
+            self.config,
+            repo_id=repo_id,
+            subfolder=self.options.subfolder,
+            evaluation=self.results,
+            compute=self.options.compute,
+            pictures={Path(file).name: text for file, text in (self.options.pictures or {}).items()},
+            versions=versions,
+        )
+        if isinstance(path, Path):
+            rendered = update_card(read_card(path), rendered, previous=self.stored, config=self.stored)
+        return update_card(
+            there, rendered, previous=previous, config=self.config, repo_id=repo_id, subfolder=self.options.subfolder
+        )
+
+
+@_bounded()
+def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushResult:
     """Push a prior's folder in one commit; creates the repository if it is missing.
 
     Weight files of an older prior in the same place are removed by the same commit. A model card that is already in the
-    repository keeps everything a person wrote in it.
+    repository keeps everything a person wrote in it, and its list of versions grows.
+
+    Args:
+        folder: as `save_pretrained` wrote it.
+        repo_id: "organisation/name", or a name of the token's owner.
+        **arguments: the attributes of `PushOptions`.
 
     Raises:
+        PriorMetadataError: no licence, base model or source data set, and not `allow_incomplete`; or an access token in a text
+            that would be published. Nothing was asked of the Hub.
         PriorNotFoundError: `folder` holds no prior, or the repository cannot be seen with this token.
         PriorAccessError: the token may not write there.
         PriorConnectionError: the Hub cannot be reached or fails; says whether anything landed.
@@ -272,83 +647,202 @@ def upload_prior(
         PriorHubError: somebody else pushed meanwhile, or the tag exists, or the repository is public and `private` was asked.
         ValueError: `tag` together with `create_pr`.
     """
-    if tag and create_pr:
-        raise ValueError("a pull request cannot be tagged: push without tag=, and tag the commit once it is merged.")
-    config = read_config(folder)
-    files = {_join(subfolder, path.name): path for path in prior_files(folder, config)}
-    api = _api(token)
-    with _explained(repo_id, revision, subfolder):
-        name: str = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id
-        if private and not api.model_info(name).private:
-            raise PriorHubError(
-                f"{name} exists already and is public: nothing was pushed. Make it private first, on its page under Settings "
-                f"or with huggingface_hub.HfApi().update_repo_settings({name!r}, private=True), or push to a new name."
-            )
-        branch = revision or "main"
-        if tag and any(ref.name == tag for ref in api.list_repo_refs(name).tags):
-            raise PriorHubError(f"{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it.")
-        if branch != "main" and not create_pr and not branch.startswith("refs/"):
+    options = PushOptions(**arguments)
+    push = _Push.of(folder, options)
+    api, tag, branch = _api(options.token), options.tag, options.branch
+    with _explained(repo_id, options.revision, options.subfolder):
+        name: str = api.create_repo(
+            repo_id,
+            private=options.private,
+            exist_ok=True,
+            repo_type="model",
+            resource_group_id=options.resource_group_id,
+        ).repo_id
+        if options.private and not api.model_info(name).private:
+            raise PriorHubError(_IS_PUBLIC.format(name=name))
+        if tag and not _may_be_tagged(api, name, push):
+            raise PriorHubError(_HAS_TAG.format(name=name, tag=tag))
+        if options.gated and api.model_info(name).gated != options.gated:
+            api.update_repo_settings(name, gated=options.gated)
+        if branch != "main" and not options.create_pr and not branch.startswith("refs/"):
             api.create_branch(name, branch=branch, exist_ok=True)
-    message = commit_message or f"Upload prior (rank {config.rank}) with prior_hub"
-    result = _commit(api, name, config, files, branch, subfolder, message, commit_description, create_pr)
+    result = _commit(api, name, push)
     if tag:
         _tag(api, name, tag, result.commit_hash)
-        result = PushResult(result.repo_id, result.commit_url, result.commit_hash, result.pull_request_url, tag)
+        result = replace(result, tag=tag)
     return result
+
+
+_IS_PUBLIC = (
+    "{name} exists already and is public: nothing was pushed. Make it private first, on its page under Settings "
+    "or with huggingface_hub.HfApi().update_repo_settings({name!r}, private=True), or push to a new name."
+)
+_HAS_TAG = "{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it."
+
+
+@_bounded()
+def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushPlan:
+    """What `upload_prior` would do with these arguments. The Hub is asked, and nothing of it is changed.
+
+    Raises:
+        PriorHubError: as `upload_prior`, where the plan cannot be made. What would be refused later is told by the plan.
+    """
+    options = PushOptions(**arguments)
+    push = _Push.of(folder, replace(options, allow_incomplete=True))
+    missing = tuple(missing_in(push.config).values())
+    api, branch, sub = _api(options.token), options.branch, options.subfolder
+    problems = [] if options.allow_incomplete else list(missing)
+    with _explained(repo_id, options.revision, sub):
+        name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        info = _info_if_there(api, name, branch)
+        remote = {sibling.rfilename for sibling in info.siblings or []} if info else set()
+        head = info.sha if info else None
+        contents, stale, there = _contents(api, name, push, remote, head or "")
+        if info is not None:
+            if options.private and not info.private:
+                problems.append(_IS_PUBLIC.format(name=name))
+            if options.tag and not _may_be_tagged(api, name, push):
+                problems.append(_HAS_TAG.format(name=name, tag=options.tag))
+            with contextlib.suppress(GatedRepoError):
+                if not options.create_pr:
+                    problems += _may_write(api, name)
+        found = _paths_info(api, name, [*contents, *stale], head) if head else {}
+        card = contents[_join(sub, CARD_NAME)]
+        assert isinstance(card, bytes)  # noqa: S101
+        problems += [f"the model card: {problem}." for problem in _card_problems(api, card.decode())]
+    files = []
+    for path, content in contents.items():
+        item = found.get(path)
+        status = "new" if item is None else "unchanged" if _is_file(item, content) else "changed"
+        files.append(PlannedFile(path, _size(content), status))
+    files += [PlannedFile(path, 0, "deleted") for path in sorted(stale)]
+    before, after = ((text or "").splitlines(keepends=True) for text in (there, card.decode()))
+    return PushPlan(
+        repo_id=name,
+        exists=info is not None,
+        private=info.private if info is not None else options.private,
+        branch=branch,
+        head=head,
+        create_pr=options.create_pr,
+        tag=options.tag,
+        gated=options.gated,
+        files=tuple(files),
+        card_diff="".join(difflib.unified_diff(before, after, "README.md on the Hub", "README.md of this push")),
+        missing=missing,
+        problems=tuple(problems),
+    )
+
+
+def _info_if_there(api: HfApi, repo_id: str, branch: str) -> ModelInfo | None:
+    """The repository at the branch, or at main if there is no such branch yet; None if there is no repository."""
+    try:
+        return api.model_info(repo_id, revision=branch)
+    except RevisionNotFoundError:
+        return api.model_info(repo_id)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+
+
+def _may_write(api: HfApi, repo_id: str) -> list[str]:
+    """Why this token may not write there; [] if it may."""
+    try:
+        api.auth_check(repo_id, write=True)
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) not in (401, 403):
+            raise
+        return [f"this token may not write to {repo_id}: {_first_line(error)}"]
+    return []
+
+
+def _card_problems(api: HfApi, text: str) -> list[str]:
+    """What the Hub has against a card, by its own validator and by the client's parser."""
+    body = {"content": text, "repoType": "model"}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body)
+    if response.status_code not in (200, 400):
+        raise PriorConnectionError(f"the Hub could not check the model card ({response.status_code}). Try again.")
+    said = [str(error.get("message")) for error in response.json().get("errors", [])]
+    return [*said, *card_problems(text)]
 
 
 def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     try:
         with _explained(repo_id, None, None):
             api.create_tag(repo_id, tag=tag, revision=commit)
+            if _tagged(api, repo_id, tag) != commit:  # the client does not read the answer
+                raise PriorConnectionError("what answered is not the Hub. Try again.")
     except PriorHubError as error:
         with contextlib.suppress(PriorHubError), _explained(repo_id, None, None):
-            if any(ref.name == tag and ref.target_commit == commit for ref in api.list_repo_refs(repo_id).tags):
-                return  # only the answer was lost
+            if _tagged(api, repo_id, tag) == commit:
+                return  # only the answer was lost, this time or the last
         raise type(error)(f"The prior was pushed to {repo_id} as {commit[:8]}, but not tagged {tag!r}: {error}") from error
 
 
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    config: PriorConfig,
-    files: dict[str, Path],
-    branch: str,
-    subfolder: str | None,
-    message: str,
-    description: str | None,
-    create_pr: bool,
-) -> PushResult:
-    for attempt in range(1, _PUSH_TRIES + 1):
+def _may_be_tagged(api: HfApi, repo_id: str, push: _Push) -> bool:
+    """Whether the tag is free, or on this very prior at the head of the branch, as after a push whose answer was lost."""
+    refs = api.list_repo_refs(repo_id)
+    there = next((ref.target_commit for ref in refs.tags if ref.name == push.options.tag), None)
+    if there is None:
+        return True
+    if there not in [ref.target_commit for ref in refs.branches if ref.name == push.options.branch]:
+        return False
+    with contextlib.suppress(EntryNotFoundError, PriorFormatError):
+        path = _join(push.options.subfolder, CONFIG_NAME)
+        data = read_bounded(Path(api.hf_hub_download(repo_id, path, revision=there)))
+        return PriorConfig.from_json(data, where=f"{path} of {repo_id}") == push.config  # the hashes of the weights are in it
+    return False
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str) -> str | None:
+    """The commit a tag is on."""
+    return next((ref.target_commit for ref in api.list_repo_refs(repo_id).tags if ref.name == tag), None)
+
+
+def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
+    branch, subfolder, create_pr = push.options.branch, push.options.subfolder, push.options.create_pr
+    message = push.options.commit_message or f"Upload prior (rank {push.config.rank}) with prior_hub"
+    for attempt in range(1, _TRIES + 1):
         with _explained(repo_id, branch, subfolder):
             info = api.model_info(repo_id, revision=branch)
             head = info.sha or ""
             remote = {sibling.rfilename for sibling in info.siblings or []}
-            contents = _contents(api, repo_id, config, files, remote, head, subfolder)
+            contents, stale, _ = _contents(api, repo_id, push, remote, head)
+            opened = _pull_requests(api, repo_id) if create_pr else {}
+        card = contents[_join(subfolder, CARD_NAME)]
+        problems = card_problems(card.decode()) if isinstance(card, bytes) else []
+        if problems:
+            raise PriorFormatError(
+                f"the model card for {repo_id!r} is not valid, nothing was pushed: {'; '.join(problems)}. Correct the metadata "
+                "at the top of its README.md."
+            )
         operations: list[Any] = [CommitOperationAdd(path, content) for path, content in contents.items()]
-        _check_hashes(config, operations)
-        operations += [CommitOperationDelete(path) for path in sorted(_stale(remote, files, subfolder))]
+        _check_hashes(push.config, operations)
+        operations += [CommitOperationDelete(path) for path in sorted(stale)]
         try:
             with _explained(repo_id, branch, subfolder):
                 commit = api.create_commit(
                     repo_id,
                     operations,
                     commit_message=message,
-                    commit_description=description,
+                    commit_description=push.options.commit_description,
                     revision=branch,
                     create_pr=create_pr,
                     parent_commit=head,
                 )
         except PriorConnectionError as error:
-            if create_pr:
-                raise PriorConnectionError(
-                    f"{error} The pull request may have been opened all the same: look before pushing again."
-                ) from error
             try:
                 with _explained(repo_id, branch, subfolder):
-                    now = api.model_info(repo_id, revision=branch).sha or ""
-                    if now != head and _landed(api, repo_id, contents, now):
-                        return PushResult(repo_id, _commit_url(api, repo_id, now), now)
+                    if create_pr:
+                        now = head
+                        for ref, oid in _pull_requests(api, repo_id).items():
+                            if ref not in opened and _landed(api, repo_id, contents, oid):
+                                url = f"{api.endpoint}/{repo_id}/discussions/{ref.rsplit('/', 1)[-1]}"
+                                return PushResult(repo_id, _commit_url(api, repo_id, oid), oid, url)
+                    else:
+                        now = api.model_info(repo_id, revision=branch).sha or ""
+                        if now != head and _landed(api, repo_id, contents, now):
+                            return PushResult(repo_id, _commit_url(api, repo_id, now), now)
             except PriorConnectionError:
                 raise PriorConnectionError(
                     f"{error} Whether this push landed could not be found out: look at {repo_id} before pushing again."
@@ -358,12 +852,18 @@ def _commit(
                     f"somebody else pushed to {repo_id} ({branch}) meanwhile: it is at {now[:8]}, this push started from "
                     f"{head[:8]}. Nothing of this push landed. Look at the new commit, then push again."
                 ) from error
-            if attempt == _PUSH_TRIES:
+            if attempt == _TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
-            time.sleep(_PUSH_WAIT * attempt)
+            time.sleep(_pause(error.__cause__, attempt))
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
+
+
+def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
+    """References of the pull requests ("refs/pr/1") and the commits they are at."""
+    refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+    return {ref.ref: ref.target_commit for ref in refs}
 
 
 def _check_hashes(config: PriorConfig, operations: list[Any]) -> None:
@@ -378,29 +878,38 @@ def _check_hashes(config: PriorConfig, operations: list[Any]) -> None:
 
 
 def _contents(
-    api: HfApi,
-    repo_id: str,
-    config: PriorConfig,
-    files: dict[str, Path],
-    remote: set[str],
-    head: str,
-    subfolder: str | None,
-) -> dict[str, Path | bytes]:
-    """What to upload: paths, and for the card the text that joins it with the one already there."""
-    path = _join(subfolder, CARD_NAME)
-    local = read_card(files[path]) if path in files else render_card(config)
-    there = previous = None
+    api: HfApi, repo_id: str, push: _Push, remote: set[str], head: str
+) -> tuple[dict[str, Path | bytes], set[str], str | None]:
+    """(what to upload by path, paths to delete, the card that is there). The card is joined with the one that is there."""
+    options, subfolder = push.options, push.options.subfolder
+    path, config_path = _join(subfolder, CARD_NAME), _join(subfolder, CONFIG_NAME)
+    there = previous = last = None
     if path in remote:
         there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
-        config_path = _join(subfolder, CONFIG_NAME)
-        if config_path in remote:
-            with contextlib.suppress(PriorFormatError):  # what cannot be read is replaced all the same
-                data = read_bounded(Path(api.hf_hub_download(repo_id, config_path, revision=head)))
-                previous = PriorConfig.from_json(data, where=f"{config_path} of {repo_id}")
-    return files | {path: update_card(there, local, previous=previous, repo_id=repo_id, subfolder=subfolder).encode()}
+    if config_path in remote:
+        with contextlib.suppress(PriorFormatError):  # what cannot be read is replaced all the same
+            data = read_bounded(Path(api.hf_hub_download(repo_id, config_path, revision=head)))
+            previous = PriorConfig.from_json(data, where=f"{config_path} of {repo_id}")
+            commit = _paths_info(api, repo_id, [config_path], head, expand=True)[config_path].last_commit
+            last = (commit.oid, f"{commit.date:%Y-%m-%d}") if commit is not None else None
+    rows = new_versions(
+        card_versions(there or ""),
+        push.config,
+        previous,
+        last=last,
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        tag=options.tag,
+        message=options.commit_message,
+    )
+    card = push.card(there, repo_id, rows, previous)
+    contents = {**push.files, path: card.encode()}
+    stale = _stale(remote, contents, subfolder)
+    shown = {_join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(there or "")}
+    still = {_join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(card)}
+    return contents, stale | ((shown - still) & remote), there
 
 
-def _stale(remote: set[str], files: dict[str, Path], subfolder: str | None) -> set[str]:
+def _stale(remote: set[str], files: Mapping[str, Path | bytes], subfolder: str | None) -> set[str]:
     """Weight files and index of an older prior in the same place, which the new one does not have."""
     stale = set()
     for path in remote - files.keys():
@@ -416,23 +925,29 @@ def _stale(remote: set[str], files: dict[str, Path], subfolder: str | None) -> s
     return stale
 
 
-def _landed(api: HfApi, repo_id: str, contents: dict[str, Path | bytes], revision: str) -> bool:
+def _landed(api: HfApi, repo_id: str, contents: Mapping[str, Path | bytes], revision: str) -> bool:
     """Whether the repository at `revision` holds exactly these files."""
-    found = {
-        item.path: item for item in api.get_paths_info(repo_id, list(contents), revision=revision) if isinstance(item, RepoFile)
-    }
-    for path, content in contents.items():
-        item = found.get(path)
-        data = content if isinstance(content, bytes) else None
-        size = len(data) if data is not None else Path(content).stat().st_size  # type: ignore[arg-type]
-        if item is None or item.size != size:
-            return False
-        if item.lfs is not None:
-            if item.lfs.sha256 != _digest(content, "sha256"):
-                return False
-        elif item.blob_id != _digest(content, "sha1", f"blob {size}\0".encode()):
-            return False
-    return True
+    found = _paths_info(api, repo_id, list(contents), revision)
+    return all(path in found and _is_file(found[path], content) for path, content in contents.items())
+
+
+def _paths_info(api: HfApi, repo_id: str, paths: list[str], revision: str, *, expand: bool = False) -> dict[str, RepoFile]:
+    items = api.get_paths_info(repo_id, paths, revision=revision, expand=expand)
+    return {item.path: item for item in items if isinstance(item, RepoFile)}
+
+
+def _is_file(item: RepoFile, content: Path | bytes) -> bool:
+    """Whether a file on the Hub has this content."""
+    size = _size(content)
+    if item.size != size:
+        return False
+    if item.lfs is not None:
+        return item.lfs.sha256 == _digest(content, "sha256")
+    return item.blob_id == _digest(content, "sha1", f"blob {size}\0".encode())
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def _digest(content: Path | bytes, kind: str, head: bytes = b"") -> str:
@@ -478,14 +993,15 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     except RepositoryNotFoundError as error:
         raise PriorNotFoundError(
             f"{at} does not exist on the Hub, or is private and this token cannot see it. Check the spelling; for a "
-            "private repository log in (`hf auth login`, HF_TOKEN or token=)."
+            "private repository log in (`hf auth login`, HF_TOKEN or token=). A copy in the cache loads with local_files_only."
         ) from error
     except RevisionNotFoundError as error:
-        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit.") from error
+        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit. Check revision=.") from error
     except LocalEntryNotFoundError as error:
+        why = _first_line(error.__cause__) if error.__cause__ else "offline, or local_files_only"
         raise PriorConnectionError(
-            f"{at} is not in the local cache, and the Hub cannot be asked (offline, or local_files_only). Connect once, "
-            "or check cache_dir."
+            f"{at} is not in the local cache, and the Hub cannot be asked ({why.rstrip('.')}). Connect once, try again in a "
+            "while, or check cache_dir."
         ) from error
     except EntryNotFoundError as error:
         raise PriorNotFoundError(
@@ -493,7 +1009,9 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
             "a folder of the repository, pass subfolder=."
         ) from error
     except (RevisionResolutionError, OfflineModeIsEnabled) as error:
-        raise PriorConnectionError(f"{at} cannot be looked up: {_first_line(error)} Connect, or use a cached copy.") from error
+        raise PriorConnectionError(
+            f"{at} cannot be looked up: {_first_line(error)} Connect, try again in a while, or use a cached copy."
+        ) from error
     except LocalTokenNotFoundError as error:
         raise PriorAccessError(f"{at}: token=True was given, but nobody is logged in here (`hf auth login`).") from error
     except HfHubHTTPError as error:
@@ -503,31 +1021,50 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
                 f"the Hub refuses {at} ({status}): {_first_line(error)} Check the token and its role."
             ) from error
         if 400 <= status < 500 and status not in _TRY_AGAIN:
-            raise PriorHubError(f"the Hub does not accept the request for {at} ({status}): {_first_line(error)}") from error
-        raise PriorConnectionError(f"the Hub failed on {at} ({status}): {_first_line(error)}") from error
+            raise PriorHubError(
+                f"the Hub does not accept the request for {at} ({status}): {_first_line(error)} Check what was asked for."
+            ) from error
+        patience = "is asked too often" if status == 429 else "failed"
+        raise PriorConnectionError(
+            f"the Hub {patience} on {at} ({status}): {_first_line(error)} Try again in a while."
+        ) from error
     except (ConnectionError, TimeoutError) as error:
-        raise PriorConnectionError(f"the Hub could not be reached for {at}: {_first_line(error)}") from error
+        raise PriorConnectionError(
+            f"the Hub could not be reached for {at}: {_first_line(error)} Check the connection, then try again."
+        ) from error
     except OSError as error:
-        if error.errno is not None:  # a full disk, a cache that cannot be written
+        if error.errno in _DISK_SAYS_NO:
+            raise PriorStorageError(
+                error.errno,
+                f"{os.strerror(error.errno)} while downloading {at}. Make room or give another cache (cache_dir=, HF_HOME), "
+                "then try again",
+                error.filename,
+            ) from error
+        if error.errno is not None:
             raise
         raise PriorConnectionError(f"the download of {at} broke off: {_first_line(error)} Try again.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PriorConnectionError(
             f"what answered for {at} is not the Hub: no JSON ({error}). A proxy or a login page may stand in between."
         ) from error
     except ValueError as error:
+        if isinstance(error.__cause__, Exception) and "force" in str(error).lower():  # "Force download failed ..."
+            with _explained(repo_id, revision, subfolder):
+                raise error.__cause__ from None
         if "Invalid metadata in README.md" not in str(error):
             raise
         raise PriorFormatError(
             f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}."
         ) from error
     except RuntimeError as error:  # hf_xet's
-        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)}") from error
+        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)} Try again.") from error
     except Exception as error:
         # The client lets errors of its HTTP library through raw, and that library differs between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
             raise
-        raise PriorConnectionError(f"the connection to the Hub broke for {at}: {type(error).__name__}.") from error
+        raise PriorConnectionError(
+            f"the connection to the Hub broke for {at}: {type(error).__name__}. Check the connection, then try again."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
