@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from huggingface_hub import get_token
 
-__all__ = ["discreet", "remember", "scrubbed"]
+__all__ = ["TOKEN", "discreet", "remember", "scrubbed"]
 
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b")  # of the Hub; its own have 34 characters after the prefix
+TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b")  # of the Hub; its own have 34 characters after the prefix
 _BEARER = re.compile(r"\b(bearer)\s+\S+", re.IGNORECASE)
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\")>]+")
 _SHORTEST = 8  # characters; a shorter word is no token, and may be part of any text
@@ -33,7 +33,7 @@ def scrubbed(text: str) -> str:
     for token in sorted({*_known, get_token() or ""}, key=len, reverse=True):
         if len(token) >= _SHORTEST:
             text = text.replace(token, "hf_***")
-    text = _BEARER.sub(r"\1 ***", _TOKEN.sub("hf_***", text))
+    text = _BEARER.sub(r"\1 ***", TOKEN.sub("hf_***", text))
     return _QUERY.sub(r"\1", text)
 
 
