@@ -203,7 +203,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
             assert main(words) == 0, f"{line}: {capsys.readouterr()}"
     expected = [("uoft-cs/cifar10", None, None), ("./photos", "fisher", None), ("fancyzhx/ag_news", None, "masked-lm")]
     assert learned == [*expected, ("./photos", None, "simclr"), (None, "isotropic", None)]
-    assert models == ["microsoft/resnet-50"]
+    assert models == ["resnet18", "torchvision:resnet50", "./my_model", "microsoft/resnet-50"]  # fits, info --model
     assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
     assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
     refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]
