@@ -147,7 +147,7 @@ from prior_hub import list_priors, prior_info, priors_for, search_priors
 
 print([info.repo_id for info in list_priors(author="alice", min_rank=2)])
 print(search_priors("resnet swag"))
-model = AutoModelForImageClassification.from_pretrained("alice/tiny-resnet", num_labels=3)
+model = AutoModelForImageClassification.from_pretrained("alice/tiny-resnet", num_labels=3, ignore_mismatched_sizes=True)
 for fit in priors_for(model):
     print(fit.repo_id, f"{fit.coverage:.0%}", fit.why)
 print(prior_info("alice/digits-prior").rank)

@@ -151,10 +151,15 @@ def test_every_command_of_a_guide_is_one_that_is_understood(path):
         assert line.startswith("prior-hub "), f"{line!r} is run by nobody"
         assert callable(_parser().parse_args(shlex.split(line)[1:]).run), line  # any error exits
     assert set(re.findall(r"^```(\w*)$", path.read_text(), re.MULTILINE)) <= {"", "python", "sh", "json"}
+    for block in blocks(path, "python"):
+        compile(block, str(path), "exec")
 
 
 @pytest.mark.hub
-@pytest.mark.parametrize("path", [p for p in GUIDES if blocks(p, "python")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",  # scale.md runs a rehearsal of 104 steps, which the quick tests have elsewhere
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem == "scale"), id=p.stem) for p in GUIDES if blocks(p, "python")],
+)
 def test_every_python_block_of_a_guide_runs_in_order(path, hub, tmp_path, monkeypatch):
     from transformers import ResNetConfig, ResNetForImageClassification
 
