@@ -40,7 +40,10 @@ _LAZY = {
     "LowRankGaussian": "prior_hub.priors.gaussian",
     "Match": "prior_hub.priors.matching",
     "PriorArgumentsMixin": "prior_hub.finetuning.arguments",
+    "PriorComparison": "prior_hub.priors.comparison",
     "PriorConfig": "prior_hub.priors.config",
+    "PriorFit": "prior_hub.registry.search",
+    "PriorInfo": "prior_hub.registry.search",
     "PriorModel": "prior_hub.model",
     "PriorPenalty": "prior_hub.finetuning.penalty",
     "PriorTrainer": "prior_hub.finetuning.trainer",
@@ -62,15 +65,20 @@ _LAZY = {
     "add_to_collection": "prior_hub.registry.collections",
     "chain_diagnostics": "prior_hub.inference.diagnostics",
     "classification_metrics": "prior_hub.inference.metrics",
+    "compare_priors": "prior_hub.priors.comparison",
     "disagreement": "prior_hub.inference.diagnostics",
     "find_scale": "prior_hub.finetuning.scale",
     "isotropic_prior": "prior_hub.learning.isotropic",
     "learn_prior": "prior_hub.learning.recipes",
+    "list_priors": "prior_hub.registry.search",
     "list_samples": "prior_hub.inference.samples",
     "match_parameters": "prior_hub.priors.matching",
+    "prior_info": "prior_hub.registry.search",
+    "priors_for": "prior_hub.registry.search",
     "push_prior_to_hub": "prior_hub.model",
     "recompute_batch_norm": "prior_hub.priors.batch_norm",
     "scale_ladder": "prior_hub.finetuning.scale",
+    "search_priors": "prior_hub.registry.search",
     "segmentation_metrics": "prior_hub.inference.metrics",
     "select_scale": "prior_hub.finetuning.scale",
     "write_sample": "prior_hub.inference.samples",
@@ -93,10 +101,13 @@ __all__ = [
     "Match",
     "PriorAccessError",
     "PriorArgumentsMixin",
+    "PriorComparison",
     "PriorConfig",
     "PriorConnectionError",
+    "PriorFit",
     "PriorFormatError",
     "PriorHubError",
+    "PriorInfo",
     "PriorMatchError",
     "PriorMetadataError",
     "PriorModel",
@@ -123,15 +134,20 @@ __all__ = [
     "add_to_collection",
     "chain_diagnostics",
     "classification_metrics",
+    "compare_priors",
     "disagreement",
     "find_scale",
     "isotropic_prior",
     "learn_prior",
+    "list_priors",
     "list_samples",
     "match_parameters",
+    "prior_info",
+    "priors_for",
     "push_prior_to_hub",
     "recompute_batch_norm",
     "scale_ladder",
+    "search_priors",
     "segmentation_metrics",
     "select_scale",
     "write_sample",
@@ -162,10 +178,12 @@ if TYPE_CHECKING:
     from prior_hub.learning.views import TwoViews
     from prior_hub.model import PriorModel, push_prior_to_hub
     from prior_hub.priors.batch_norm import recompute_batch_norm
+    from prior_hub.priors.comparison import PriorComparison, compare_priors
     from prior_hub.priors.config import PriorConfig
     from prior_hub.priors.gaussian import LowRankGaussian
     from prior_hub.priors.matching import Match, match_parameters
     from prior_hub.registry.collections import add_to_collection
+    from prior_hub.registry.search import PriorFit, PriorInfo, list_priors, prior_info, priors_for, search_priors
 
 
 def __getattr__(name: str) -> Any:

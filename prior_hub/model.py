@@ -25,12 +25,12 @@ from prior_hub.errors import (
     PriorNotFoundError,
     PriorWarning,
 )
-from prior_hub.priors.adapters import adapter_remarks, refuse_other_adapter, refuse_other_scaling
+from prior_hub.priors.architecture import match_config
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis, diagnose
 from prior_hub.priors.gaussian import LowRankGaussian, truncated_weights
 from prior_hub.priors.legacy import legacy_files, read_legacy
-from prior_hub.priors.matching import Match, NameMap, canonical_parameters, match_parameters, persistent_buffers, without_head
+from prior_hub.priors.matching import Match, NameMap, canonical_parameters, persistent_buffers, without_head
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
 from prior_hub.registry.collections import add_to_collection
@@ -165,6 +165,7 @@ class PriorModel:
         rank: int | None = None,
         scale: float | None = None,
         verify: bool = True,
+        check: Callable[[PriorConfig], object] | None = None,
     ) -> PriorModel:
         """Load a prior from a local folder or from the Hub; a folder of that name wins, as everywhere on the Hub.
 
@@ -179,6 +180,8 @@ class PriorModel:
             rank: read only this many deviations (the first ones, as `truncated`).
             scale: use this scale instead of the stored one.
             verify: compare every file with its sha256 and refuse NaN and infinities; reads each byte once.
+            check: called with the configuration before weights are downloaded or read; what it raises is raised. With
+                `functools.partial(match_config, model=model)` a prior that does not fit fails after some kilobytes.
 
         Raises:
             PriorNotFoundError: no such folder, repository, revision, or no prior in it.
@@ -192,6 +195,8 @@ class PriorModel:
         repo_id = commit = None
         if path.is_dir():
             folder = path / (subfolder or "").strip("/")
+            if check is not None:
+                check(read_config(folder))
             stored = read_prior(folder, rank=rank, verify=verify)
         else:
             if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -206,14 +211,14 @@ class PriorModel:
                 "local_files_only": local_files_only,
             }
             try:
-                downloaded = download_prior(name, force_download=force_download, **options)
+                downloaded = download_prior(name, force_download=force_download, check=check, **options)
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
             except PriorFormatError as damaged:
                 if local_files_only:
                     raise
                 # The client verifies sizes, never contents: one more download tells a bad transfer from a bad file.
                 try:
-                    downloaded = download_prior(name, repair=True, **options)
+                    downloaded = download_prior(name, repair=True, check=check, **options)
                 except PriorConnectionError:
                     raise damaged from None
                 stored = read_prior(downloaded.folder, rank=rank, verify=verify)
@@ -511,26 +516,14 @@ class PriorModel:
 
         A prior over a LoRA adapter is refused for a model without one, of another rank or scaling, or on other modules.
         """
-        adapter = self.config.source.get("adapter")
-        adapter = adapter if isinstance(adapter, Mapping) else None
-        if name_map is None and on_mismatch == "error":
-            refuse_other_adapter(self.config.parameters, adapter, model, head=self.config.head_parameters)
-        match = match_parameters(
-            self.config.parameters,
+        return match_config(
+            self.config,
             model,
-            head_parameters=self.config.head_parameters,
-            tied_parameters=self.config.tied_parameters,
-            model_type=self.config.model_type,
             name_map=name_map,
             include_head=include_head,
             on_mismatch=on_mismatch,
             min_coverage=min_coverage,
         )
-        refuse_other_scaling(adapter, match, model)
-        remarks = adapter_remarks(adapter, match, model)
-        for remark in remarks:
-            warnings.warn(remark, PriorWarning, stacklevel=2)
-        return replace(match, remarks=(*match.remarks, *remarks)) if remarks else match
 
     def initialize(self, model: nn.Module, **matching: Any) -> Match:
         """Set the matched parameters of `model` to the prior's mean and its BatchNorm buffers to the stored ones.

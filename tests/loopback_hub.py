@@ -285,6 +285,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.collections: dict[str, Collection] = {}
         self.uploads: dict[str, Upload] = {}
+        self.cards: dict[str, str] = {}  # id of a README.md -> its metadata: a listing of many models reads them all
         self.log: list[Json] = []
         self._secret = secrets.token_bytes(16)
         self._faults: list[Json] = []
@@ -406,12 +407,17 @@ class LoopbackHub:
     def card(self, commit: Commit) -> Json:
         """The metadata block of README.md; {} if there is none or it is not YAML."""
         readme = commit.tree.get("README.md")
+        if readme and readme.oid in self.cards:
+            return json.loads(self.cards[readme.oid])
         match = CARD.match(self.read(readme).decode("utf-8", "replace")) if readme else None
         try:
             data = yaml.safe_load(match[1]) if match else None
         except yaml.YAMLError:
             data = None
-        return json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else {}
+        text = json.dumps(data, default=str) if isinstance(data, dict) else "{}"
+        if readme:
+            self.cards[readme.oid] = text
+        return json.loads(text)
 
     def sign(self, oid: str) -> str:
         """The query of a pre-signed URL: who has it may read the object."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,27 @@ from hub_fixtures import fresh_repo_id
 from huggingface_hub import HfApi, ModelCard, get_session, hf_hub_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from priors_for_tests import TinyNet, random_prior
+from priors_for_tests import SHAPES, TinyNet, random_prior
 from test_storage import GOLDEN
 
 from prior_hub.errors import PriorFormatError
 from prior_hub.model import PriorModel, push_prior_to_hub
-from prior_hub.registry.card import BEGIN, END, PLACEHOLDER, card_metadata, read_card, render_card, split_card, update_card
+from prior_hub.registry.card import (
+    BEGIN,
+    END,
+    PLACEHOLDER,
+    card_metadata,
+    prior_facts,
+    read_card,
+    render_card,
+    split_card,
+    update_card,
+)
 
 PRIOR = random_prior()
 RENDERED = render_card(PRIOR.config)
+BODY = b'[["layer.bias",[4]],["layer.weight",[4,3]],["temperature",[]]]'  # of SHAPES, the head left out
+TAG = f"prior-arch-{hashlib.sha256(BODY).hexdigest()[:16]}"
 MODEL_CARD = """---
 # a comment of theirs
 language: no
@@ -72,13 +84,25 @@ def test_the_metadata_say_what_the_configuration_says():
         "license": "apache-2.0",
         "base_model": "org/tiny-net",
         "datasets": ["org/tiny-images"],
-        "tags": ["prior-hub", "prior", "bayesian", "transfer-learning", "swag"],
+        "tags": ["prior-hub", "prior", "bayesian", "transfer-learning", "swag", TAG],
+        "prior_hub": {
+            "format": "1.0",
+            "rank": 3,
+            "estimator": "swag",
+            "objective": "cross entropy",
+            "num_parameters": 25,  # 4*3 + 4 + 1 + 2*4
+            "stored_bytes": 25 * 4 * 5,  # mean, variance and 3 deviations in float32
+            "scale": 0.3,
+            "architecture": TAG.removeprefix("prior-arch-"),
+        },
     }
 
 
 def test_what_is_not_known_is_left_out():
     bare = config(license=None, base_model=None, source={}, estimator={})
-    assert card_metadata(bare).keys() == {"library_name", "tags"}
+    assert card_metadata(bare).keys() == {"library_name", "tags", "prior_hub"}
+    assert not {"estimator", "objective"} & card_metadata(bare)["prior_hub"].keys()
+    assert "architecture" not in prior_facts(config(head_parameters=tuple(SHAPES)))
     assert "No licence is recorded" in render_card(bare)
     assert "no licence" not in RENDERED.lower()
 
@@ -132,7 +156,7 @@ def test_a_licence_in_words_becomes_other_with_a_name(hub):
 @pytest.mark.parametrize("name", ["SWAG", "Laplace approximation", None, 3, ["swag"], ""])
 def test_the_estimator_is_a_tag_if_its_name_can_be_one(name):
     tags = card_metadata(config(estimator={"name": name}))["tags"]
-    assert tags[4:] == {"SWAG": ["swag"], 3: ["3"]}.get(name if not isinstance(name, list) else None, [])
+    assert tags[4:-1] == {"SWAG": ["swag"], 3: ["3"]}.get(name if not isinstance(name, list) else None, [])
 
 
 # ---------------------------------------------------------------------------------------------------------- text
@@ -267,7 +291,8 @@ def test_a_persons_text_and_keys_survive_and_the_rendered_part_is_new():
 def test_the_card_of_a_model_keeps_its_text_and_metadata_and_gains_a_section_and_tags():
     once = update_card(MODEL_CARD, RENDERED)
     old, new = yaml.safe_load(MODEL_CARD.split("---\n")[1]), split_card(once)[0]
-    assert new == old | {"tags": ["vision", "bayesian", "prior-hub", "prior", "transfer-learning", "swag"]}
+    tags = ["vision", "bayesian", "prior-hub", "prior", "transfer-learning", "swag", TAG]
+    assert new == old | {"tags": tags, "prior_hub": prior_facts(PRIOR.config)}
     body = MODEL_CARD.split("---\n", 2)[2]
     assert split_card(once)[1].startswith(body.strip() + "\n\n" + BEGIN)
     for line in MODEL_CARD.splitlines():
@@ -392,7 +417,7 @@ def assert_only_the_second_is_described(card: str) -> None:
     assert data == card_metadata(SECOND.config) | {
         "language": False if language == "no" else language,  # YAML 1.1's `no`
         "datasets": ["org/mine", "org/both", "org/y"],
-        "tags": ["prior-hub", "prior", "bayesian", "transfer-learning", "mine", "isotropic"],
+        "tags": ["prior-hub", "prior", "bayesian", "transfer-learning", "mine", TAG, "isotropic"],
     }
     assert f"# a comment\nlanguage: {language}\n" in card
     assert body.endswith("\nMine.\n")
@@ -415,7 +440,8 @@ def test_a_models_card_loses_the_estimators_tag_of_the_prior_that_is_replaced():
     beside = update_card(MODEL_CARD, RENDERED)
     found, _ = split_card(update_card(beside, render_card(SECOND.config), previous=PRIOR.config))
     theirs, _ = split_card(MODEL_CARD)
-    assert found == theirs | {"tags": ["vision", "bayesian", "prior-hub", "prior", "transfer-learning", "isotropic"]}
+    tags = ["vision", "bayesian", "prior-hub", "prior", "transfer-learning", TAG, "isotropic"]
+    assert found == theirs | {"tags": tags, "prior_hub": prior_facts(SECOND.config)}
 
 
 # ---------------------------------------------------------------------------------------------------------- folders and pushes
@@ -502,4 +528,6 @@ def test_the_golden_card_is_read_and_a_persons_words_in_it_survive():
     assert "Golden: written once" in new
     assert new.endswith("A person wrote this below.\n")
     assert cells(new)["scale"] == "9.5"
-    assert json.dumps(split_card(new)[0]) == json.dumps(data)
+    facts = prior_facts(prior.config.replace(scale=9.5))
+    added = {"tags": [*data["tags"], f"prior-arch-{facts['architecture']}"], "prior_hub": facts}
+    assert split_card(new)[0] == data | added, "a card that an older version wrote gains what this one knows"

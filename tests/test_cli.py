@@ -11,6 +11,7 @@ import pytest
 import torch
 from hub_fixtures import fresh_repo_id
 from huggingface_hub import HfApi
+from models import tiny_vit
 
 from prior_hub import PriorModel, __version__
 from prior_hub.cli import main
@@ -29,7 +30,9 @@ def folder(tmp_path):
     return tmp_path / "prior"
 
 
-COMMANDS = ["demo", "learn", "info", "pull", "push", "card", "check", "compress"]
+COMMANDS = [
+    *("demo", "learn", "list", "search", "fits", "info", "plot", "diff", "pull", "push", "card", "check", "compress"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -156,14 +159,17 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
     """The names stand for repositories of the reader's; what takes long is replaced by what notes its arguments."""
     import prior_hub.demo
     import prior_hub.learning.recipes
+    import prior_hub.learning.references
 
-    demos, learned = [], []
+    demos, learned, models = [], [], []
+    fitting = torch.nn.ModuleDict({"conv": torch.nn.Linear(3, 4)})
 
     def learn(base_model, dataset, *, output, **options):
         learned.append((dataset, options.get("estimator"), options.get("objective")))
         prior.save_pretrained(output)
 
     monkeypatch.setattr(prior_hub.learning.recipes, "learn_prior", learn)
+    monkeypatch.setattr(prior_hub.learning.references, "named_model", lambda name, revision: models.append(name) or fitting)
     monkeypatch.setattr("prior_hub.plots.card_pictures", lambda prior, folder: {})
     monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
     prior = PriorModel.from_pretrained(folder)
@@ -173,6 +179,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
         prior.push_to_hub(name, tag="v1.0")
     monkeypatch.chdir(tmp_path)
     prior.save_pretrained("my_prior")
+    tiny_vit().config.save_pretrained("my_model")
     with pytest.raises(SystemExit):
         main(["--help"])
     (first_step,) = re.findall(r"`prior-hub ([^`]+)`", capsys.readouterr().out)
@@ -195,6 +202,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
             assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
     expected = [("uoft-cs/cifar10", None, None), ("./photos", "fisher", None), ("fancyzhx/ag_news", None, "masked-lm")]
     assert learned == [*expected, ("./photos", None, "simclr"), (None, "isotropic", None)]
+    assert models == ["microsoft/resnet-50"]
     assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
     assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
     refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]

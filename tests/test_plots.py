@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from priors_for_tests import random_prior
 
 from prior_hub import PriorModel, ScaleChoice, ScaleTrial, plots
 from prior_hub.inference.metrics import reliability_bins
@@ -11,6 +12,7 @@ from prior_hub.plots import (
     _apart,
     _coloured,
     _picture,
+    card_pictures,
     plot_average,
     plot_comparison,
     plot_prior,
@@ -76,12 +78,119 @@ def test_a_prior_is_drawn_at_every_rank(tmp_path, rank):
     assert plot_prior(prior(rank), tmp_path / "prior.png").read_bytes()[:4] == PNG
 
 
+# ------------------------------------------------------------------------------------------------- pictures of a prior
+
+
+def bars(panel):
+    """The first lines of a panel that are many: [(x, low, high), ...]."""
+    return [(float(s[0][0]), *sorted(map(float, s[:, 1]))) for s in panel.collections[0].get_segments()]
+
+
+def test_the_picture_of_the_variance_holds_the_quantiles_of_each_tensor(tmp_path, figures):
+    p = prior(3, 4.0)
+    plot_prior(p, tmp_path / "v.png", what="variance")
+    (panel,) = figures[0].axes
+    drawn = dict(lines(panel)["median weight"])
+    assert len(drawn) == 3
+    for x, (name, variance) in enumerate(p.gaussian.marginal_variance().items()):
+        low, middle, high = variance.sqrt().quantile(torch.tensor([0.05, 0.5, 0.95]), interpolation="nearest").tolist()
+        assert drawn[x] == pytest.approx(middle, rel=2e-3), name
+        assert bars(panel)[x] == (x, pytest.approx(low, rel=2e-3), pytest.approx(high, rel=2e-3))
+    assert (panel.get_yscale(), panel.get_ylim()[0] < min(bars(panel))[1]) == ("log", True)
+    assert [t.get_text() for t in panel.get_xticklabels()] == ["conv1", "layer1", "layer2"]
+    assert "rank 3, scale 4" in figures[0].get_suptitle()
+
+
+def test_the_picture_of_the_spectrum_holds_the_shares_of_the_dense_low_rank_part(tmp_path, figures):
+    p = prior(3, 7.0)
+    plot_prior(p, tmp_path / "s.png", what="spectrum")
+    (panel,) = figures[0].axes
+    d = torch.cat([rows.reshape(3, -1).double() for rows in p.deviations.values()], dim=1)  # (K, P)
+    values = torch.linalg.eigvalsh(d.T @ d).flip(0)[:3]
+    shares = (100 * values / values.sum()).tolist()
+    assert [y for _, y in lines(panel)["alone"]] == pytest.approx(shares, rel=1e-9)
+    assert [y for _, y in lines(panel)["with those before"]] == pytest.approx([shares[0], sum(shares[:2]), 100], rel=1e-9)
+    assert [x for x, _ in lines(panel)["alone"]] == [1, 2, 3]
+    assert lines(panel)["if all were equal (33.3 %)"][0][1] == pytest.approx(100 / 3)
+    assert f"effective rank {p.diagnose().effective_rank:.1f} of 3" in panel.get_title()
+
+
+def test_the_picture_of_the_freedom_holds_deviation_over_size_by_block(tmp_path, figures):
+    p = prior(3, 4.0)
+    mean = {name: torch.full_like(t, 0.5 * (i + 1)) for i, (name, t) in enumerate(p.mean.items())}
+    mean["net.layer2.0.weight"].zero_()
+    moved = PriorModel.from_tensors(mean, p.variance, p.deviations, scale=4.0)
+    plot_prior(moved, tmp_path / "f.png", what="freedom")
+    (panel,) = figures[0].axes
+    drawn = lines(panel)
+    g = moved.gaussian
+    for x, name in enumerate(list(mean)[:2]):
+        diagonal = g.scale * g.diagonal_weight * moved.variance[name].double().mean()
+        both = g.marginal_variance()[name].double().mean()
+        for label, value in (("together", both), ("diagonal alone", diagonal), ("low-rank part alone", both - diagonal)):
+            assert drawn[label][x] == (x, pytest.approx(float(value.sqrt()) / (0.5 * (x + 1)), rel=1e-5)), label
+    assert len(drawn["together"]) == 2
+    assert "1 with a mean or variance of zero left out" in panel.get_xlabel()
+    assert [t.get_text() for t in panel.get_xticklabels()] == ["conv1", "layer1"]
+    plot_prior(moved.truncated(0), tmp_path / "d.png", what="freedom")
+    assert list(lines(figures[1].axes[0])) == ["together", "as large as the weights"]
+
+
+def test_all_of_a_prior_is_its_three_pictures(tmp_path, figures):
+    plot_prior(prior(3), tmp_path / "all.png", title="mine")
+    for what in ("variance", "freedom", "spectrum"):
+        plot_prior(prior(3), tmp_path / "one.png", what=what)
+    together, *single = figures
+    assert [lines(panel) for panel in together.axes] == [lines(figure.axes[0]) for figure in single]
+    assert together.get_suptitle().startswith("mine\n16 values, rank 3")
+    with pytest.raises(ValueError, match="expected one of 'all', 'variance', 'spectrum', 'freedom'"):
+        plot_prior(prior(3), tmp_path / "x.png", what="covariance")
+    with pytest.raises(ValueError, match="no low-rank part"):
+        plot_prior(prior(0), tmp_path / "x.png", what="spectrum")
+
+
+def test_card_pictures_are_small_and_their_texts_have_the_numbers(tmp_path):
+    shapes = {f"model.layers.{i}.{part}.weight": (3, 2) for i in range(300) for part in ("q", "k", "v", "norm")}
+    deep = random_prior(0, 4, shapes, buffers=False)
+    texts = card_pictures(deep, tmp_path / "new")
+    assert list(texts) == ["prior_variance.png", "prior_freedom.png", "prior_spectrum.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(texts)
+    for name in texts:
+        data = (tmp_path / "new" / name).read_bytes()
+        assert data[:4] == PNG
+        assert len(data) < 150_000
+    found = deep.diagnose()
+    assert f"the first of 4 holds {100 * found.spectrum[0] / sum(found.spectrum):.3g} %" in texts["prior_spectrum.png"]
+    assert f"effective rank is {found.effective_rank:.1f}." in texts["prior_spectrum.png"]
+    assert f"at scale {deep.scale:g}" in texts["prior_freedom.png"]
+    assert all(text.endswith(".") and "\n" not in text for text in texts.values())
+
+
+def test_card_pictures_of_a_diagonal_prior_are_two(tmp_path):
+    one = PriorModel.from_tensors({"linear.weight": torch.full((4,), 2.0)}, {"linear.weight": torch.full((4,), 0.01)})
+    assert card_pictures(one, tmp_path) == {
+        "prior_variance.png": "Standard deviation of the weights under the prior by parameter tensor, at scale 1: the median "
+        "is 0.1 in linear.weight.",
+        "prior_freedom.png": "Standard deviation of the weights under the prior in relation to their size, by block of the "
+        "network, at scale 1: 5 % in weight.",
+    }
+
+
+def test_long_paths_keep_their_numbers():
+    assert plots._short_path("encoder.layer.10") == "encoder.layer.10"
+    assert plots._short_path("encoder.stages.0.layers.10.layer.2") == "enc.sta.0.lay.10.layer.2"
+    assert plots._short_path("x" * 40) == "xxx"
+
+
 def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "prior-hub\[plots\]"'):
         plot_comparison(rows(), tmp_path / "figure.png")
     with pytest.raises(ImportError, match=r'pip install "prior-hub\[plots\]"'):
         plot_prior(prior(), tmp_path / "prior.png")
+    with pytest.raises(ImportError, match=r'pip install "prior-hub\[plots\]"'):
+        card_pictures(prior(), tmp_path / "card")
+    assert not (tmp_path / "card").exists()
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path):

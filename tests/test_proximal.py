@@ -267,7 +267,7 @@ def minimised(model, prior, make, rate, steps, *, max_norm=None, decay=True):
 @pytest.mark.parametrize(
     "name", [n if n in ("momentum", "adamw") else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
 )
-@pytest.mark.parametrize("max_norm", [None, 1.5])
+@pytest.mark.parametrize("max_norm", [pytest.param(None, marks=pytest.mark.slow), 1.5])
 def test_every_optimizer_reaches_the_closed_form_map_of_a_stiff_quadratic(name, max_norm):
     model, prior = Quadratic(), stiff_prior()
     solution, spectrum = closed_form(model, prior)

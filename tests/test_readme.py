@@ -31,21 +31,15 @@ def test_every_python_block_runs_in_order(hub, tmp_path, monkeypatch):
     model = ResNetForImageClassification(config)
     images = torch.randn(40, 1, 8, 8)
     train_dataset = [{"pixel_values": x, "labels": i % 5} for i, x in enumerate(images)]
-    isotropic_prior(model, variance=1.0, license="mit", base_model="org/digits-resnet").push_to_hub(f"{NAME}/digits-prior")
+    isotropic_prior(model, variance=1.0, license="mit", base_model="org/tiny").push_to_hub(f"{NAME}/digits-prior")
     names = {
         "model": model,
         "train_dataset": train_dataset,
-        "loader": torch.utils.data.DataLoader(train_dataset, batch_size=8),
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
     }
     for block in blocks("python"):
         if block.strip() == (ROOT / "examples" / "minimal.py").read_text().strip():
             continue  # run as a program by tests/test_examples.py
         exec(compile(block.replace("your-name", NAME), "README.md", "exec"), names)
-    assert (
-        names["PriorSeq2SeqArguments"]("out", prior_num_examples=7, predict_with_generate=True, use_cpu=True).prior_num_examples
-        == 7
-    )
     assert "v1.0" in {tag.name for tag in __import__("huggingface_hub").list_repo_refs(f"{NAME}/my-prior").tags}
     for line in "\n".join(blocks("sh")).splitlines():
         if line.startswith("prior-hub "):
@@ -80,7 +74,7 @@ def test_the_fifteen_lines_are_the_example():
 def test_every_link_to_a_file_leads_to_one():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     assert links
-    assert all((ROOT / link).exists() for link in links)
+    assert all((ROOT / link.partition("#")[0]).exists() for link in links)  # tests/test_docs.py looks at the anchors
     for path in re.findall(r"`((?:tests|benchmarks|examples)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
 

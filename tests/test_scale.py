@@ -626,6 +626,18 @@ def test_a_choice_reads_back_exactly_and_another_file_is_refused(tmp_path):
             ScaleChoice.from_json(text)
 
 
+def test_a_trial_that_diverged_is_written_as_json_that_every_reader_takes():
+    choice = ScaleChoice(1e2, None, (ScaleTrial(1e2, None, 1.5), ScaleTrial(1e4, None, math.inf)), 5, 20, "grid", 40)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert [trial["nll"] for trial in json.loads(choice.to_json(), parse_constant=refuse)["trials"]] == [1.5, None]
+    assert ScaleChoice.from_json(choice.to_json()) == choice
+    older = choice.to_json().replace('"nll": null', '"nll": Infinity')  # as it was written before
+    assert ScaleChoice.from_json(older) == choice
+
+
 def test_hyperparameter_search_sets_the_scale_of_each_trial(tmp_path):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -544,7 +544,7 @@ def test_nll_is_summed_in_float32_where_the_loss_is_bfloat16(tmp_path):
 
     more = {"prior": random_prior(tiny_vit())}
     trainer = run(
-        Constant, tiny_vit(), tmp_path, image_data(4), more=more, max_steps=600, logging_steps=600, learning_rate=1e-4
+        Constant, tiny_vit(), tmp_path, image_data(4), more=more, max_steps=100, logging_steps=100, learning_rate=1e-4
     )
     assert logs(trainer, "nll") == [1.0078125]
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from prior_hub import __version__
-from prior_hub.cli import checking, importing, look, make, share
+from prior_hub.cli import checking, find, importing, look, make, share
+from prior_hub.cli.common import printable
 from prior_hub.errors import PriorHubError
 
 __all__ = ["main"]
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, "json", False):
             print(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         else:
-            print(f"prior-hub: {error}", file=sys.stderr)
+            print(f"prior-hub: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prior-hub: interrupted", file=sys.stderr)
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    print(f"prior-hub: {category.__name__}: {message}", file=sys.stderr)
+    print(f"prior-hub: {category.__name__}: {printable(str(message))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"prior-hub {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (make, look, share, checking, importing):
+    for module in (make, find, look, share, checking, importing):
         module.add_commands(commands)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ __all__ = [
     "positive",
     "print_rows",
     "print_table",
+    "printable",
     "prior_argument",
     "read_config_of",
 ]
@@ -114,15 +116,26 @@ def as_text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def printable(text: str) -> str:
+    """A text without what a terminal obeys: control characters and marks of direction are written as escapes.
+
+    What a prior says of itself is a stranger's text, and may hold sequences that move the cursor or turn a line around.
+    """
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co") else ascii(char)[1:-1]
+        for char in text
+    )
+
+
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     """Print names and values in two columns."""
     rows = list(rows)
     width = max(len(key) for key, _ in rows)
-    print("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
+    print("\n".join(f"{printable(key):<{width}}  {printable(value)}" for key, value in rows))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print columns, each as wide as its widest cell."""
-    lines = [list(header), *(list(row) for row in rows)]
+    lines = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     print("\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines))

@@ -29,6 +29,8 @@ from prior_hub.finetuning.adapters import AdaptedWeight, adapted_weights, is_qua
 from prior_hub.finetuning.proximal import ProximalStep
 from prior_hub.inference.baoa import BoundGaussian
 from prior_hub.model import PriorModel
+from prior_hub.priors.architecture import match_config
+from prior_hub.priors.config import PriorConfig
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters
 
@@ -115,15 +117,13 @@ class PriorPenalty:
             raise ValueError(f"head_variance is {head_variance}, expected a finite number > 0, or None for no head prior.")
         self.num_examples = int(num_examples)
         self.head_variance = head_variance
-        _refuse_wrappers(model)  # first: what FSDP 1 leaves of names and shapes would only give a confusing mismatch
-        reshard(model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
         matching: dict[str, Any] = {
             "name_map": name_map,
             "include_head": include_head,
             "on_mismatch": on_mismatch,
             "min_coverage": min_coverage,
         }
-        self.match: Match = _match(prior, model, matching)
+        self.match: Match = match_for_penalty(prior.config, model, **matching)
         parameters = canonical_parameters(model)
         covered = {target: parameters[target] for target in self.match.pairs.values()}
         self.adapters: dict[str, AdaptedWeight] = {} if through_adapters is False else adapted_weights(model, covered)
@@ -484,12 +484,14 @@ class PriorPenalty:
             )
 
 
-def _match(prior: PriorModel, model: nn.Module, matching: dict[str, Any]) -> Match:
-    """`prior.match`, with the likely reason where the base is quantised: its weights have other names, shapes and types."""
+def match_for_penalty(config: PriorConfig, model: nn.Module, **matching: Any) -> Match:
+    """`match_config`, with the likely reason where the base is quantised: its weights have other names, shapes and types."""
+    _refuse_wrappers(model)  # first: what FSDP 1 leaves of names and shapes would only give a confusing mismatch
+    reshard(model)  # after an evaluation FSDP2's root group holds full tensors in place of its parameters
     try:
-        match = prior.match(model, **matching)
+        match = match_config(config, model, **matching)
     except PriorMatchError as error:
-        if "adapter" in prior.config.source or not is_quantised(model):  # an adapter's own weights are not quantised
+        if "adapter" in config.source or not is_quantised(model):  # an adapter's own weights are not quantised
             raise
         raise PriorMatchError(
             f"the model's weights are quantised, so that a prior over them has nothing to compare its mean with: load it "

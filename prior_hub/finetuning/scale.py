@@ -115,8 +115,11 @@ class ScaleChoice:
         return told + "."
 
     def to_json(self) -> str:
-        """As text; `from_json` reads it back exactly."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """As text; `from_json` reads it back exactly. The NLL of a trial that diverged is null: JSON has no infinity."""
+        values = asdict(self)
+        for trial in values["trials"]:
+            trial["nll"] = trial["nll"] if math.isfinite(trial["nll"]) else None
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ScaleChoice:
@@ -127,6 +130,8 @@ class ScaleChoice:
         """
         try:
             found = json.loads(text)
+            for trial in found["trials"]:
+                trial["nll"] = math.inf if trial["nll"] is None else trial["nll"]
             trials = tuple(ScaleTrial(**trial) for trial in found.pop("trials"))
             return cls(**found, trials=trials)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

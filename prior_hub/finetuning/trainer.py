@@ -33,7 +33,7 @@ from prior_hub.errors import PriorWarning
 from prior_hub.finetuning.adapters import initialize_through_adapters
 from prior_hub.finetuning.arguments import SamplingArgumentsMixin
 from prior_hub.finetuning.counting import COUNTS, count_labels
-from prior_hub.finetuning.penalty import PriorPenalty
+from prior_hub.finetuning.penalty import PriorPenalty, match_for_penalty
 from prior_hub.finetuning.proximal import UPDATES, ProximalStep, can_step_implicitly, chosen_update, highest_rate
 from prior_hub.finetuning.sampling import DEFAULT_HEAD_VARIANCE, Sampling
 from prior_hub.finetuning.scale import (
@@ -59,6 +59,7 @@ from prior_hub.inference.samples import frozen_digest, list_samples, remove_samp
 from prior_hub.inference.schedule import CyclicalSchedule, SamplingScheduler
 from prior_hub.model import PriorModel
 from prior_hub.priors.batch_norm import has_batch_norm, over_ranks, recompute_batch_norm
+from prior_hub.priors.config import PriorConfig
 from prior_hub.priors.matching import NameMap, raw_names, unwrapped
 
 __all__ = ["PriorTrainer", "PriorTrainerMixin"]
@@ -158,7 +159,10 @@ class PriorTrainerMixin(_TrainerBase):
         self._written: set[Path] = set()  # folders of chains that this call of train() has written samples to
         self._frozen: str | None = None  # digest of the parameters that are not trained
         if chosen is not None:
-            self.prior = self._load_prior(chosen, getattr(settings, "hub_token", None))
+            given = kwargs.get("model", args[0] if args else None)
+            if kwargs.get("peft_config") is not None:  # TRL's trainers add the adapter that the prior may be over
+                given = None
+            self.prior = self._load_prior(chosen, getattr(settings, "hub_token", None), given)
         if self.sampling is not None and self.sampling.chain:
             # another order of the data, other augmentation and dropout: chains that share them are not independent
             own: Any = copy.copy(self.args)
@@ -212,14 +216,23 @@ class PriorTrainerMixin(_TrainerBase):
         """Whether a setting is to be chosen by the trainer."""
         return bool(number_or_auto(getattr(self.args, key, None), key) == AUTO)
 
-    def _load_prior(self, prior: str | os.PathLike[str] | PriorModel, token: str | None) -> PriorModel:
+    def _load_prior(self, prior: str | os.PathLike[str] | PriorModel, token: str | None, model: Any) -> PriorModel:
         if isinstance(prior, PriorModel):
             return prior
+
+        def check(config: PriorConfig) -> None:
+            """Before weights are downloaded: a prior that does not fit fails after some kilobytes."""
+            if isinstance(model, nn.Module):  # or a name, or None where there is model_init
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", PriorWarning)  # given when the prior is bound
+                    match_for_penalty(config, model, **self._matching())
+
         return PriorModel.from_pretrained_together(  # every rank makes its trainer
             prior,
             revision=self._prior_settings["prior_revision"],
             subfolder=self._prior_settings["prior_subfolder"],
             token=token,
+            check=check,
         )
 
     def _starts_at_the_mean(self) -> bool:

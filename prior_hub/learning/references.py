@@ -9,6 +9,8 @@ Nothing is allocated: the models are made on torch's "meta" device.
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 
 from prior_hub.errors import PriorNotFoundError
 
-__all__ = ["reference_model"]
+__all__ = ["named_model", "reference_model"]
 
 _EXPECTED = "expected torchvision:NAME, timm:NAME or transformers:ORG/NAME, such as torchvision:resnet50"
 
@@ -40,6 +42,48 @@ def reference_model(name: str) -> nn.Module:
             return makers[library](model)
     except ImportError as error:
         raise PriorNotFoundError(f"reference {name!r}: {error}. Install it: pip install 'prior-hub[vision]'.") from error
+
+
+def named_model(name: str, *, revision: str | None = None) -> nn.Module:
+    """The architecture of a model by the name a person has for it, on the meta device: its configuration alone is read.
+
+    Args:
+        name: a name on the Hub ("microsoft/resnet-50", "timm/resnet18.a1_in1k"), a folder with a config.json, timm's name of an
+            architecture ("resnet18"), or any name of `reference_model`.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        The model of the class that the configuration names, its head included; without one the bare network.
+
+    Raises:
+        PriorNotFoundError: there is no such model, or its library is not installed.
+    """
+    if name.split(":")[0] in ("torchvision", "timm", "transformers") and ":" in name:
+        return reference_model(name)
+    import transformers
+
+    if "/" not in name and not Path(name).is_dir():
+        with contextlib.suppress(ImportError):
+            import timm
+
+            if timm.is_model(name):
+                return reference_model(f"timm:{name}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise PriorNotFoundError(f"no model {name!r}: its configuration cannot be read ({first})") from error
+    named = [getattr(transformers, kind, None) for kind in getattr(config, "architectures", None) or ()]
+    made = next((kind for kind in named if kind is not None), None)
+    if made is None and config.model_type == "timm_wrapper":
+        made = transformers.TimmWrapperForImageClassification
+        if getattr(config, "model_args", None):  # timm 1.0.31 writes num_classes there too, transformers 5.24 has it twice
+            config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    try:
+        with torch.device("meta"):
+            return _module(transformers.AutoModel.from_config(config) if made is None else made._from_config(config))
+    except ImportError as error:
+        raise PriorNotFoundError(f"model {name!r}: {error}. Install it: pip install 'prior-hub[vision]'.") from error
 
 
 def _torchvision(name: str) -> nn.Module:

@@ -25,15 +25,19 @@ FORMAT_VERSION = "1.0"
 CONFIG_NAME = "prior_config.json"
 FAMILY = "low_rank_gaussian"
 MAX_CONFIG_BYTES = 64 * 2**20
-WEIGHTS_PATTERN = re.compile(r"prior\.safetensors|prior-\d{5}-of-\d{5}\.safetensors")
+_MAX_PARSED_BYTES = 112 * 2**20  # of memory; a configuration of 100,000 parameters takes about half of it
+WEIGHTS_PATTERN = re.compile(r"prior\.safetensors|prior-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}(?:/{_HUB_NAME})?")
 MEAN_DTYPES = ("float32", "float64")
 DEVIATION_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _MAX_ENTRIES = 2**53  # entries a shape may declare; beyond it products are no longer exact in JSON readers
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 _REPR.maxlist = _REPR.maxtuple = 8
+_MAX_NAME = 1024  # characters; names of parameters have some 60
+_MAX_COUNT = 2**31  # of snapshots and deviations
 _MAX_DEPTH = 100  # levels of nesting; what is read must not exhaust the stack when it is written or described
 
 
@@ -99,10 +103,15 @@ class PriorConfig:
                 wanted = "> 0" if name == "scale" else ">= 0"
                 raise PriorFormatError(f"{name} is {_short(value)}, expected a finite number {wanted}.")
             object.__setattr__(self, name, float(value))
-        if not _is_int(self.rank) or self.rank < 0:
-            raise PriorFormatError(f"rank is {_short(self.rank)}, expected an integer >= 0.")
-        if self.num_snapshots is not None and (not _is_int(self.num_snapshots) or self.num_snapshots < 0):
-            raise PriorFormatError(f"num_snapshots is {_short(self.num_snapshots)}, expected an integer >= 0 or null.")
+        for name, weight in (("diagonal_weight", self.diagonal_weight), ("low_rank_weight", self.low_rank_weight)):
+            if not math.isfinite(self.scale * weight):
+                raise PriorFormatError(f"scale {self.scale:g} x {name} {weight:g} is beyond the largest number there is.")
+        if not _is_int(self.rank) or not 0 <= self.rank < _MAX_COUNT:
+            raise PriorFormatError(f"rank is {_short(self.rank)}, expected an integer >= 0 and below {_MAX_COUNT}.")
+        if self.num_snapshots is not None and (not _is_int(self.num_snapshots) or not 0 <= self.num_snapshots < _MAX_COUNT):
+            raise PriorFormatError(
+                f"num_snapshots is {_short(self.num_snapshots)}, expected an integer >= 0 and below {_MAX_COUNT}, or null."
+            )
         object.__setattr__(self, "parameters", _checked_shapes(self.parameters))
         _check_dtypes(self.dtype)
         for name in ("head_parameters", "buffers"):
@@ -112,10 +121,16 @@ class PriorConfig:
                 raise PriorFormatError(
                     f"tied_parameters maps {_short(alias)} to {_short(target)}, expected a name and one of the parameters."
                 )
+            if alias in self.parameters:
+                raise PriorFormatError(f"tied_parameters maps {_short(alias)} to another name, but it is a parameter itself.")
         for file, digest in self.weight_files.items():
             check_weight_file_name(file)
             if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
                 raise PriorFormatError(f"weight_files gives {file!r} the hash {_short(digest)}, expected 64 hex digits.")
+        _check_weight_files(self.weight_files)
+        most = (3 if self.rank else 2) * len(self.parameters) + len(self.buffers)
+        if len(self.weight_files) > max(1, most):
+            raise PriorFormatError(f"weight_files names {len(self.weight_files)} files for {most} tensors.")
 
     @property
     def num_parameters(self) -> int:
@@ -182,14 +197,42 @@ class PriorConfig:
         return config
 
 
-def parse_json(text: str | bytes, *, where: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, bounded size and depth.
+_COSTS = {"[": 88, "{": 240, ":": 190, ",": 32, '"': 32}  # bytes of memory per character, by what Python makes of it
+_OPEN: dict[type, Any] = {str: "[", bytes: b"["}
+
+
+def parsed_bytes(text: str | bytes) -> int:
+    """At most so many bytes of memory are taken while this JSON is read, beside the text itself; nothing is parsed.
+
+    A list of empty lists takes 25 times its length: what is small on the disk may be too much to look at.
+    """
+    if isinstance(text, str):
+        width = 1 if text.isascii() else 4
+        return sum(cost * text.count(sign) for sign, cost in _COSTS.items()) + 2 * width * len(text)
+    wide = any(bytes([lead]) in text for lead in range(0xF0, 0xF8))  # the first byte of a character that takes four
+    width = 1 if text.isascii() else 4 if wide else 2
+    return sum(cost * text.count(sign.encode()) for sign, cost in _COSTS.items()) + 2 * width * len(text)
+
+
+def parse_json(text: str | bytes, *, where: str, bounded: bool = True) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, bounded size, depth and memory.
+
+    Args:
+        text: what was read.
+        where: names it in errors.
+        bounded: refuse what would take more than 112 MB; False where the caller has held it to what it must hold.
 
     Raises:
         PriorFormatError: anything else.
     """
     if len(text) > MAX_CONFIG_BYTES:
         raise PriorFormatError(f"{where} has {len(text)} bytes, more than the {MAX_CONFIG_BYTES} a prior's may have.")
+    if bounded and (needed := parsed_bytes(text)) > _MAX_PARSED_BYTES:
+        raise PriorFormatError(
+            f"{where} would take up to {needed // 2**20} MB of memory to read ({len(text)} bytes, "
+            f"{text.count(_OPEN[type(text)])} lists), more than the {_MAX_PARSED_BYTES // 2**20} MB a prior's may: no honest "
+            "one is so full of small things."
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -210,13 +253,13 @@ def parse_json(text: str | bytes, *, where: str) -> Any:
         value = json.loads(decoded, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except PriorFormatError:
         raise
-    except RecursionError:
+    except (RecursionError, MemoryError):
         raise PriorFormatError(f"{where} is nested more than {_MAX_DEPTH} deep, no prior's configuration is.") from None
     except ValueError as error:
         raise PriorFormatError(f"{where} is not valid JSON ({error}); it may be truncated: fetch it again.") from error
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(_MAX_DEPTH):
-        level = [inner for item in level if isinstance(item, (dict, list)) for inner in _items(item)]
+        level = [inner for item in level for inner in _items(item) if isinstance(inner, (dict, list))]
         if not level:
             return value
     raise PriorFormatError(f"{where} is nested more than {_MAX_DEPTH} deep, no prior's configuration is.")
@@ -237,6 +280,21 @@ def check_weight_file_name(name: str) -> None:
         raise PriorFormatError(
             f"{_short(name)} is no name for a prior's weights: expected prior.safetensors or prior-00001-of-0000N.safetensors."
         )
+
+
+def _check_weight_files(files: Mapping[str, str]) -> None:
+    """One file, or files 1 to N of N, each of other contents."""
+    numbers = [(match[1], match[2]) for file in files if (match := WEIGHTS_PATTERN.fullmatch(file)) is not None]
+    wanted = [(f"{i:05d}", f"{len(files):05d}") for i in range(1, len(files) + 1)]
+    if numbers and sorted(numbers, key=str) != wanted and numbers != [(None, None)]:
+        raise PriorFormatError(
+            f"weight_files names {_listed(sorted(files))}, expected prior.safetensors alone, or "
+            "prior-00001-of-0000N.safetensors and so on up to N."
+        )
+    if len(set(files.values())) < len(files):
+        counts = Counter(files.values())
+        twice = [file for file, digest in files.items() if counts[digest] > 1]
+        raise PriorFormatError(f"weight_files gives {_listed(twice)} the same hash: no two files of a prior are alike.")
 
 
 _TYPES: dict[str, Any] = {
@@ -265,7 +323,7 @@ def _type_name(kind: Any) -> str:
 
 
 def _check_version(version: Any, where: str) -> None:
-    match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
+    match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})", version) if isinstance(version, str) else None
     if match is None:
         raise PriorFormatError(f"{where}: format_version is {_short(version)}, expected one like {FORMAT_VERSION!r}.")
     major, minor = int(match[1]), int(match[2])
@@ -287,7 +345,7 @@ def _checked_shapes(parameters: Any) -> dict[str, tuple[int, ...]]:
     total = 0
     for name, shape in parameters.items():
         if not _is_name(name):
-            raise PriorFormatError(f"parameters has the name {_short(name)}, expected a non-empty string.")
+            raise PriorFormatError(f"parameters has the name {_short(name)}, expected 1 to {_MAX_NAME} characters of Unicode.")
         if not isinstance(shape, (list, tuple)) or not all(_is_int(n) and n >= 0 for n in shape):
             raise PriorFormatError(
                 f"parameters gives {_short(name)} the shape {_short(shape)}, expected a list of integers >= 0."
@@ -320,7 +378,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and _SURROGATE.search(value) is None
 
 
 def _is_finite(value: Any) -> bool:

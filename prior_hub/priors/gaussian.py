@@ -724,7 +724,7 @@ class LowRankGaussian:
         for name, tensor in self.variance.items():
             if not tensor.numel():
                 continue
-            smallest = tensor.min()  # one pass, and nothing of the tensor's size
+            smallest, largest = torch.aminmax(tensor)  # one pass, and nothing of the tensor's size
             if smallest.isnan():
                 check_finite(f"variance of {name!r}", tensor)
             if smallest < 0 or (smallest == 0 and self.eps == 0):
@@ -742,6 +742,13 @@ class LowRankGaussian:
                     f"scale {self.scale:g} x diagonal_weight {self.diagonal_weight:g} x the smallest variance of {name!r}, "
                     f"{smallest.item():.3e}, + eps {self.eps:g} is {diagonal.item():.3e}: not a positive number that "
                     f"{str(diagonal.dtype).removeprefix('torch.')} can hold. Use a larger scale or eps."
+                )
+            diagonal = largest.to(diagonal.dtype) * (self.scale * self.diagonal_weight) + self.eps
+            if not diagonal.isfinite():
+                raise PriorNumericsError(
+                    f"scale {self.scale:g} x diagonal_weight {self.diagonal_weight:g} x the largest variance of {name!r}, "
+                    f"{largest.item():.3e}, + eps {self.eps:g} is more than {str(diagonal.dtype).removeprefix('torch.')} can "
+                    "hold. Use a smaller scale or eps."
                 )
 
     # ----------------------------------------------------------------------------------------------------- internals

@@ -35,10 +35,14 @@ wjmaddox/swa_gaussian.
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
+import pickletools  # which takes a pickle apart and runs nothing of it
 import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +56,7 @@ from prior_hub.errors import PriorFormatError, PriorMatchError, PriorNotFoundErr
 from prior_hub.priors.gaussian import check_finite, swag_weights
 from prior_hub.priors.matching import canonical_parameters, head_by_name, head_parameter_names, persistent_buffers, tied_names
 from prior_hub.priors.storage import file_sha256
+from prior_hub.priors.tensor_files import open_regular
 
 __all__ = ["CONVENTIONS", "LegacyPrior", "Welford", "convention_weights", "legacy_files", "read_legacy", "welford_test"]
 
@@ -931,12 +936,14 @@ Where the code it was made with is installed, and if you trust the file, turn it
 def _load(path: Path) -> Any:
     """The tensors of a file of torch.save, memory-mapped where it can be; no object is ever made."""
     try:
+        _refuse_bombs(path)
         try:
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+            return _as_large_as_stored(torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True), path)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True)  # the format before torch 1.6
+            value = torch.load(os.fspath(path), map_location="cpu", weights_only=True)  # the format before torch 1.6
+            return _as_large_as_stored(value, path)
     except UnpicklingError as error:
         objects = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
         if not objects and "invalid load key" in str(error):
@@ -945,13 +952,109 @@ def _load(path: Path) -> Any:
             f"{path.name} holds a pickled object ({', '.join(objects) or _first_line(error)}), not tensors alone. Reading one "
             f"runs code of the file's choosing: prior_hub never does.\n{_WAY_OUT.format(name=path.name)}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except PriorFormatError:
+        raise
+    except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere, in a file that is cut
             raise
         raise PriorFormatError(
             f"{path.name} cannot be read ({_first_line(error)}): it is cut, damaged, or no file that torch.save wrote. Compare "
             "its size with the original's and fetch it again."
         ) from error
+
+
+_UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError),
+    *(struct.error, MemoryError, zipfile.BadZipFile),
+)
+_MOST_DIRECTORY = 12 * 2**20  # bytes of a zip archive's list of files: more than 100,000 tensors need
+_MOST_PICKLED = 16 * 2**20  # bytes of what says how the tensors are made, in the format before torch 1.6
+_MOST_STEPS = 500_000  # of it
+_NEVER = ("builtins bytearray", "__builtin__ bytearray")  # which torch would make, as large as the file says
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse a file that would take more memory or time than its size allows: compressed, or endless instructions.
+
+    Nothing is unpickled: the steps of the pickle are counted.
+
+    Raises:
+        PriorFormatError: it is such a file.
+        ValueError, BadZipFile: it is damaged.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            return _count_steps(file.read(_MOST_PICKLED) or b"", path)
+        file.seek(max(0, size - 66_000))
+        tail = file.read(66_000) or b""
+        at = tail.rfind(b"PK\x05\x06")
+        directory: int = struct.unpack_from("<I", tail, at + 12)[0] if at >= 0 else 0
+        if directory == 0xFFFFFFFF:
+            where = tail.rfind(b"PK\x06\x06")
+            directory = struct.unpack_from("<Q", tail, where + 40)[0] if where >= 0 else 0
+    if directory > _MOST_DIRECTORY:
+        raise PriorFormatError(
+            f"{path.name} lists files in {directory} bytes, more than the {_MOST_DIRECTORY} tensors can need."
+        )
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        held = sum(record.file_size for record in records)
+        if held > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise PriorFormatError(
+                f"{path.name} is a compressed archive ({held} bytes in a file of {size}): torch.save compresses nothing. "
+                "Unpack it if it holds the files, or fetch the original."
+            )
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                if record.file_size > 2**20 + 1024 * len(records):
+                    raise PriorFormatError(
+                        f"{path.name} has {record.file_size} bytes of instructions for {len(records)} records: tensors need no "
+                        f"more than {2**20 + 1024 * len(records)}."
+                    )
+                _count_steps(archive.read(record), path)
+    return None
+
+
+def _count_steps(data: bytes, path: Path) -> None:
+    stream, steps = io.BytesIO(data), 0
+    for _ in range(5):  # pickles, one behind the other, in the format before torch 1.6
+        try:
+            for step, argument, _place in pickletools.genops(stream):
+                steps += 1
+                if steps > _MOST_STEPS:
+                    raise PriorFormatError(f"{path.name} has more than {_MOST_STEPS} instructions: tensors need no more.")
+                if step.name in ("GLOBAL", "INST") and argument in _NEVER:
+                    raise PriorFormatError(f"{path.name} asks for a {argument.split()[1]} of any size, not for tensors alone.")
+        except PriorFormatError:
+            raise
+        except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error):
+            return  # torch says what is wrong with it; what it sees of it is as short as this
+
+
+def _as_large_as_stored(value: Any, path: Path) -> Any:
+    """The value, unless it has a tensor that claims more numbers than the file has (a stride of 0), or that has none at all."""
+    stack = [value]
+    seen = 0
+    while stack:
+        item = stack.pop()
+        seen += 1
+        if isinstance(item, Tensor) and (
+            item.layout != torch.strided
+            or item.is_meta
+            or item.is_quantized
+            or item.numel() * item.element_size() > item.untyped_storage().nbytes()
+        ):
+            raise PriorFormatError(
+                f"{path.name} has a tensor of shape {list(item.shape)[:8]} that is not stored as so many numbers: expected "
+                "dense tensors. Save it again with .contiguous()."
+            )
+        if isinstance(item, (Mapping, list, tuple)) and seen <= _MOST_STEPS:
+            stack += item.values() if isinstance(item, Mapping) else item
+        elif isinstance(item, (Mapping, list, tuple)):
+            raise PriorFormatError(f"{path.name} nests more than {_MOST_STEPS} things: a list that contains itself, perhaps.")
+    return value
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from prior_hub.priors.tensor_files import progress
 __all__ = ["BlockProfile", "Profile", "TensorProfile", "network_blocks", "profile"]
 
 LEVELS = (0.05, 0.5, 0.95)
-_NUMBERS = 1 << 21  # read at a time: 16 MB in float64
+_NUMBERS = 1 << 20  # read at a time: 8 MB in float64
 _SHIFT = 15  # bits of a float32 that a bin does not tell apart: 8 bits of mantissa are left, bins 0.2 to 0.4 % wide
 _BINS = 1 << (31 - _SHIFT)
 _LIMITS = (20, 10, 5, 2)  # tensors of a block: a layer of a transformer has 9 to 16, a bottleneck of a ResNet 9 or 12

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -40,7 +41,7 @@ from safetensors import SafetensorError
 from safetensors import safe_open as _safe_open
 from torch import Tensor
 
-from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError
+from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError, PriorNumericsError
 from prior_hub.priors.config import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -48,7 +49,19 @@ from prior_hub.priors.config import (
     check_weight_file_name,
     parse_json,
 )
-from prior_hub.priors.tensor_files import Spec, not_finite, progress, side_by_side, spec_of, verify_file, write_file
+from prior_hub.priors.tensor_files import (
+    Entry,
+    Limits,
+    Spec,
+    not_finite,
+    open_regular,
+    progress,
+    read_header,
+    side_by_side,
+    spec_of,
+    verify_file,
+    write_file,
+)
 
 _fcntl: ModuleType | None
 try:
@@ -85,6 +98,8 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _KINDS = ("mean", "variance", "deviations")
 _METADATA = {"format": "pt"}  # as every file that safetensors writes for torch
 _READ_TRIES = 50  # saves that may come in between while one prior is read
+_SPARSE_FROM = 10**9  # bytes; what is smaller is read in a second or two, holes and all
+_LARGEST = 3.4e38  # that float32 can hold
 _MOST_FILES = 8  # files verified at a time; each needs two buffers of 8 MiB
 _T = TypeVar("_T")
 
@@ -288,7 +303,7 @@ def _is_weights_or_index(name: str) -> bool:
 
 def _tidy(folder: Path) -> None:
     """Finish a committed save that was interrupted and remove what an uncommitted one left (the lock is held)."""
-    if (folder / COMMIT_NAME / CONFIG_NAME).is_file():
+    if (folder / COMMIT_NAME / CONFIG_NAME).is_file() and not (folder / COMMIT_NAME).is_symlink():
         _roll_forward(folder)
     for path in folder.iterdir():
         if path.name.startswith((_STAGING, _TRASH)):
@@ -460,7 +475,7 @@ def _read(folder: Path, rank: int | None, verify: bool, cut: Cut | None) -> Stor
     try:
         groups, where = _map(current, config, files, kept)
     except PriorFormatError:
-        if verify:
+        if verify and _about_as_declared(config, files):
             _verify(current, config, files, None)  # that the file is another one says more than what is wrong with it
         raise
     if verify:
@@ -471,6 +486,8 @@ def _read(folder: Path, rank: int | None, verify: bool, cut: Cut | None) -> Stor
                 wanted[file][key] = rows if key.startswith("deviations.") else None
         _verify(current, config, files, wanted)
     buffers = {name: groups["buffer"][name] for name in config.buffers}
+    if verify:
+        _check_running_variances(buffers, current)
     found = {kind: {n: groups[kind][n] for n in config.parameters if n in groups[kind]} for kind in _KINDS}
     if cut is not None:
         found = {kind: {n: cut(kind, n, tensor) for n, tensor in tensors.items()} for kind, tensors in found.items()}
@@ -482,9 +499,11 @@ def _map(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     """Kind -> name -> mapped tensor, and key -> file, after the layout is found to be the declared one."""
     groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_KINDS, "buffer")}
+    where = _locate(_headers(config, files), current, config)
     with contextlib.ExitStack() as stack:
         handles = {name: stack.enter_context(open_tensors(path)) for name, path in files.items()}
-        where = _locate(handles, current, config)
+        if any(where.get(key) != name for name, handle in handles.items() for key in handle.keys()):  # noqa: SIM118 (no mapping)
+            raise PriorFormatError(f"{current}: a weight file changed while it was opened.")
         slices = {key: handles[file].get_slice(key) for key, file in where.items()}
         shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         dtypes = {key: _DTYPES.get(part.get_dtype()) for key, part in slices.items()}
@@ -498,6 +517,55 @@ def _map(
     return groups, where
 
 
+def _headers(config: PriorConfig, files: Mapping[str, Path]) -> dict[str, dict[str, Entry]]:
+    """File -> its header; all of them together may be no larger than what the configuration makes them need."""
+    size, signs = _limits(config)
+    headers: dict[str, dict[str, Entry]] = {}
+    for name, path in files.items():
+        headers[name], length = read_header(path, Limits(size, signs))
+        size -= max(0, length - 4096)  # which any file may have
+    return headers
+
+
+def _limits(config: PriorConfig) -> Limits:
+    """The most that the names and shapes of a configuration can need in a header or in an index, however they are written."""
+    size, signs = 1 << 16, 2000  # for metadata
+    kinds = 3 if config.rank else 2
+    for name, shape in config.parameters.items():
+        size += kinds * (len(json.dumps(name)) + 256 + 24 * len(shape))
+        signs += kinds * (16 + len(shape) + sum(map(name.count, "{[,:")))
+    for name in config.buffers:
+        size += len(json.dumps(name)) + 512
+        signs += 32 + sum(map(name.count, "{[,:"))
+    return Limits(size, signs)
+
+
+def _about_as_declared(config: PriorConfig, files: Mapping[str, Path]) -> bool:
+    """Whether hashing the files is no more work than reading the prior that the configuration declares."""
+    widths: dict[str, int] = {kind: getattr(torch, config.dtype[kind]).itemsize for kind in _KINDS}
+    per_value = widths["mean"] + widths["variance"] + config.rank * widths["deviations"]
+    held: int = sum(path.stat().st_size for path in files.values())
+    return held <= 2 * config.num_parameters * per_value + 2**26
+
+
+def _check_running_variances(buffers: Mapping[str, Tensor], where: Path) -> None:
+    for name, tensor in buffers.items():
+        if name.rsplit(".", 1)[-1] == "running_var" and bool((tensor < 0).any()):
+            bad = int((tensor < 0).sum())
+            raise PriorNumericsError(f"buffer.{name} in {where} has {bad} of {tensor.numel()} variances that are negative.")
+
+
+def _refuse_overflow(config: PriorConfig, exponents: Mapping[str, int], where: Path) -> None:
+    """Refuse deviations whose low-rank part, scale b sum d^2, is more than float32 holds."""
+    weight = config.scale * config.low_rank_weight * config.rank
+    for key, exponent in exponents.items():
+        if key.startswith("deviations.") and weight and exponent >= 0 and weight >= math.ldexp(_LARGEST, -2 * exponent):
+            raise PriorNumericsError(
+                f"{key} in {where} has entries of 2^{exponent} and more: squared, times the scale {config.scale:g} and the "
+                f"weight {config.low_rank_weight:g} of {config.rank} deviations, they are more than float32 can hold."
+            )
+
+
 def _verify(
     current: Path, config: PriorConfig, files: Mapping[str, Path], wanted: Mapping[str, Mapping[str, int | None]] | None
 ) -> None:
@@ -505,8 +573,9 @@ def _verify(
     total = sum(path.stat().st_size for path in files.values())
     threads = min(len(files), os.cpu_count() or 1, _MOST_FILES)
     with progress(total, f"Verifying {current.name}") as advance:
+        exponents: dict[str, int] = {}
         tasks = [
-            partial(verify_file, path, None if wanted is None else wanted[name], advance=advance)
+            partial(verify_file, path, None if wanted is None else wanted[name], advance=advance, exponents=exponents)
             for name, path in files.items()
         ]
         results = dict(zip(files, side_by_side(tasks, threads), strict=True))
@@ -520,11 +589,14 @@ def _verify(
     for _, bad in results.values():
         for key, (count, size) in bad.items():
             raise not_finite(f"{key} in {current}", count, size)
+    _refuse_overflow(config, exponents, current)
 
 
 def _current(folder: Path) -> Path:
     if not folder.is_dir():
         raise PriorNotFoundError(f"{folder} is not a folder.")
+    if (folder / COMMIT_NAME).is_symlink():
+        raise PriorFormatError(f"{folder / COMMIT_NAME} is a link: prior_hub makes folders of that name only. Remove it.")
     if (folder / COMMIT_NAME / CONFIG_NAME).is_file():
         return folder / COMMIT_NAME
     if not (folder / CONFIG_NAME).is_file():
@@ -537,10 +609,13 @@ def _current(folder: Path) -> Path:
 
 
 def read_bounded(path: Path) -> bytes:
-    """The bytes of a configuration or an index; refused unread when they are too many."""
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise PriorFormatError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_CONFIG_BYTES} it may have.")
-    return path.read_bytes()
+    """The bytes of a configuration or an index; refused unread when they are too many, or no file's."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_CONFIG_BYTES:
+            raise PriorFormatError(f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} it may have.")
+        data: bytes = file.read(size + 1) or b""  # no more, should it grow meanwhile
+    return data
 
 
 def _weight_files(folder: Path, config: PriorConfig) -> dict[str, Path]:
@@ -550,6 +625,14 @@ def _weight_files(folder: Path, config: PriorConfig) -> dict[str, Path]:
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
         raise PriorFormatError(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} weight files).")
+    for path in files.values():
+        status = path.stat()
+        held = 512 * getattr(status, "st_blocks", 0)
+        if status.st_size > _SPARSE_FROM and 0 < held < status.st_size // 100:  # tensors do not compress like that
+            raise PriorFormatError(
+                f"{path} is a sparse file: {status.st_size} bytes of which {held} are there. Its download or copy was not "
+                "finished: fetch it again."
+            )
     return files
 
 
@@ -567,23 +650,27 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise PriorFormatError(f"{path} is not a valid safetensors file ({error}): truncated or damaged.") from error
 
 
-def _locate(handles: Mapping[str, Any], folder: Path, config: PriorConfig) -> dict[str, str]:
-    """Key -> file, from the files themselves; an index must agree with them."""
+def _locate(headers: Mapping[str, Mapping[str, Entry]], folder: Path, config: PriorConfig) -> dict[str, str]:
+    """Key -> file, from the headers of the files; an index must agree with them."""
     where: dict[str, str] = {}
-    for file, handle in handles.items():
-        for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+    for file, keys in headers.items():
+        for key in keys:
             kind = key.split(".", 1)[0]
             if key in where or kind not in (*_KINDS, "buffer") or "." not in key:
                 problem = f"stands in {where[key]} too" if key in where else "is no key of format 1.0"
-                raise PriorFormatError(f"{folder / file}: {key!r} {problem}.")
+                raise PriorFormatError(f"{folder / file}: {key[:120]!r} {problem}.")
             where[key] = file
     index_path = folder / INDEX_NAME
-    if len(handles) > 1 or index_path.is_file():
-        index = parse_json(read_bounded(index_path), where=str(index_path)) if index_path.is_file() else None
+    if len(headers) > 1 or index_path.is_file():
+        index = None
+        if index_path.is_file():
+            text = read_bounded(index_path)
+            _limits(config).refuse_more(text, str(index_path))
+            index = parse_json(text, where=str(index_path), bounded=False)
         mapping = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(mapping, dict):
             raise PriorFormatError(f"{index_path} is missing or has no 'weight_map'.")
-        for file in set(map(str, mapping.values())):
+        for file in {value if isinstance(value, str) else repr(value)[:120] for value in mapping.values()}:
             check_weight_file_name(file)
             if file not in config.weight_files:
                 raise PriorFormatError(f"{index_path} names {file}, whose hash the configuration does not list.")

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import stat
 import struct
 import sys
 import threading
@@ -34,8 +35,20 @@ from torch import Tensor
 
 from prior_hub.distributed import process_index
 from prior_hub.errors import PriorFormatError, PriorNumericsError
+from prior_hub.priors.config import parse_json
 
-__all__ = ["Spec", "progress", "side_by_side", "spec_of", "verify_file", "write_file"]
+__all__ = [
+    "Entry",
+    "Limits",
+    "Spec",
+    "open_regular",
+    "progress",
+    "read_header",
+    "side_by_side",
+    "spec_of",
+    "verify_file",
+    "write_file",
+]
 
 BLOCK = 1 << 23  # bytes copied, hashed or read at a time
 _LANES = 1 << 16  # values whose exponents are looked at at a time: they stay in the cache
@@ -65,6 +78,10 @@ _CODES: dict[torch.dtype, str] = {  # in the order of the reference writer
 _ORDER = {dtype: place for place, dtype in enumerate(_CODES)}
 _EXPONENTS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 _WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_BIASES = {"F64": (52, 1023), "F32": (23, 127), "BF16": (7, 127), "F16": (10, 15)}  # bits below the exponent, and its bias
+_SIZES = {code: dtype.itemsize for dtype, code in _CODES.items()}
+_MOST_HEADER = 100_000_000  # bytes, as the reference reader
+_MOST_ENTRIES = 2**53  # of a tensor, as in the configuration
 _T = TypeVar("_T")
 _Bytes = npt.NDArray[np.uint8]
 
@@ -136,7 +153,7 @@ def write_file(
                     digest.update(block)
                     file.write(block.data)
                     if finite and code in _EXPONENTS:
-                        bad += _not_finite(block, code)
+                        bad += _not_finite(block, code)[0]
                     advance(block.nbytes)
                 if bad:
                     raise not_finite(key, bad, values.numel())
@@ -206,6 +223,126 @@ def _little_endian(flat: Tensor) -> _Bytes:
     return data.reshape(-1, width)[:, ::-1].reshape(-1)
 
 
+# ------------------------------------------------------------------------------------------------------------ headers
+
+
+class Entry(NamedTuple):
+    """A tensor as the header of its file has it: type, shape, and where its bytes begin and end behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Limits(NamedTuple):
+    """The most a header or an index may have, by the names it must hold: bytes, and signs of structure ({ [ , :)."""
+
+    size: int
+    signs: int
+
+    def refuse_more(self, text: bytes, where: str) -> None:
+        """Refuse a text that is larger, or fuller, than what it must hold needs: before it is parsed, which takes memory."""
+        signs = sum(text.count(sign) for sign in (b"{", b"[", b",", b":"))
+        if len(text) > self.size or signs > self.signs:
+            raise PriorFormatError(
+                f"{where} has {len(text)} bytes and {signs} signs of structure, more than the {self.size} and {self.signs} "
+                "that the names and shapes of the configuration can need."
+            )
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """A file to read, unbuffered; what is no regular file (a pipe, a device) is refused and never waited for.
+
+    Raises:
+        PriorFormatError: it is something else.
+        OSError: it is not there, or may not be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise PriorFormatError(f"{path} is no file with contents of its own (a pipe, a device or a folder).")
+        return io.FileIO(handle, "rb", closefd=True)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_header(path: Path, limits: Limits) -> tuple[dict[str, Entry], int]:
+    """The header of a safetensors file, checked down to the last byte; no tensor is looked at.
+
+    Stricter than the reference reader where that one chooses for the user: no key twice, integers that are integers, nothing
+    around the JSON but the blanks behind it.
+
+    Args:
+        path: the file.
+        limits: what the header may have at most.
+
+    Returns:
+        Key -> entry, and the length of the header in bytes.
+
+    Raises:
+        PriorFormatError: it is no safetensors file, or its tensors overlap, leave holes, or are not the size of the file.
+    """
+
+    def damaged(problem: str) -> PriorFormatError:
+        return PriorFormatError(f"{path} is not a valid safetensors file ({problem}): truncated or damaged.")
+
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8) or b""
+        if len(head) < 8:
+            raise damaged(f"{len(head)} bytes")
+        length: int = struct.unpack("<Q", head)[0]
+        if not 2 <= length <= size - 8:
+            raise damaged(f"a header of {length} bytes in a file of {size}")
+        if length > limits.size:
+            most = f"the {limits.size} that the names and shapes of the configuration can need"
+            raise damaged(f"a header of {length} bytes, more than {most}")
+        text = file.read(length) or b""
+    if len(text) < length or not text.startswith(b"{"):
+        raise damaged("the header does not begin with '{'" if len(text) == length else "the header is cut")
+    limits.refuse_more(text, f"{path}: the header")
+    try:
+        header = parse_json(text, where=f"{path}: the header", bounded=False)
+    except PriorFormatError as error:
+        raise damaged(str(error).removeprefix(f"{path}: ").rstrip(".")) from error
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise damaged("__metadata__ is not a mapping of texts")
+    entries: dict[str, Entry] = {}
+    for key in list(header):
+        entry = _entry(header.pop(key))
+        if entry is None:
+            raise damaged(f"the entry of {key[:120]!r}")
+        entries[key] = entry
+    place = 0
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != place:
+            raise damaged(f"{key[:120]!r} begins at byte {entry.begin} of the data, where {place} was expected")
+        place = entry.end
+    if 8 + length + place != size:
+        raise damaged(f"tensors of {place} bytes in a file that holds {size - 8 - length}")
+    return entries, length
+
+
+def _entry(value: Any) -> Entry | None:
+    """What an entry of a header says, or None where it contradicts itself."""
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        return None
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    width = _SIZES.get(dtype) if isinstance(dtype, str) else None
+    if width is None or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > 64:
+        return None
+    if not all(type(n) is int and 0 <= n <= _MOST_ENTRIES for n in (*shape, *offsets)):
+        return None
+    begin, end = offsets
+    if end - begin != math.prod(shape) * width:  # 64 factors of 2**53 at most
+        return None
+    return Entry(dtype, tuple(shape), begin, end)
+
+
 # ----------------------------------------------------------------------------------------------------------- verifying
 
 
@@ -214,6 +351,7 @@ def verify_file(
     wanted: Mapping[str, int | None] | None,
     *,
     advance: Callable[[int], None] = lambda _: None,
+    exponents: dict[str, int] | None = None,
 ) -> tuple[str, dict[str, tuple[int, int]]]:
     """Read every byte of a safetensors file once, for its sha256 and, on the way, for what is not finite.
 
@@ -224,6 +362,7 @@ def verify_file(
         path: the file; where `wanted` is given, one that safetensors has opened without complaint.
         wanted: key -> None, or the number of leading rows to look at; None: only the hash is wanted.
         advance: told the number of bytes after each block.
+        exponents: filled in: key -> the largest e of the finite entries looked at, each of magnitude below 2^(e+1).
 
     Returns:
         The sha256, and key -> (entries that are NaN or infinite, entries looked at) where there are any.
@@ -232,23 +371,27 @@ def verify_file(
         PriorFormatError: the file changed while it was read.
     """
     bad: dict[str, tuple[int, int]] = {}
-    with path.open("rb", buffering=0) as file, _Digest() as digest:
+    with open_regular(path) as file, _Digest() as digest:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # not every file system takes advice
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
         size = os.fstat(file.fileno()).st_size
         spare = [np.empty(min(BLOCK, size), np.uint8) for _ in range(2)]  # one is hashed while the other is filled
         for key, code, begin, stop in _regions(file, size, wanted, path):
-            place, found = begin, 0
+            place, found, top = begin, 0, 0
             while place < stop:
                 block = spare[0][: min(BLOCK, stop - place)]
                 spare.reverse()
                 _fill(file, block, path)
                 digest.update(block)
                 if code in _EXPONENTS:
-                    found += _not_finite(block, code)
+                    more, highest = _not_finite(block, code)
+                    found, top = found + more, max(top, highest)
                 place += block.nbytes
                 advance(block.nbytes)
+            if exponents is not None and code in _EXPONENTS:
+                bits, bias = _BIASES[code]
+                exponents[key] = (top >> bits) - bias
             if found:
                 bad[key] = (found, (stop - begin) // _WIDTHS[code])
         return digest.hexdigest(), bad
@@ -263,7 +406,7 @@ def _regions(
     if wanted is not None:
         try:
             start = 8 + struct.unpack("<Q", _read_at(file, 8, 0))[0]
-            if start > size:
+            if start > min(size, _MOST_HEADER):
                 raise ValueError(f"a header of {start} bytes")
             header = json.loads(_read_at(file, start - 8, 8))
             entries = sorted((*header[key]["data_offsets"], key) for key in wanted)
@@ -298,19 +441,21 @@ def _fill(file: io.FileIO, block: _Bytes, path: Path) -> None:
         view = view[count:]
 
 
-def _not_finite(data: _Bytes, code: str) -> int:
-    """How many of the values are NaN or infinite: the bits of their exponents are all ones."""
+def _not_finite(data: _Bytes, code: str) -> tuple[int, int]:
+    """How many of the values are NaN or infinite (their exponents' bits are all ones), and the highest exponent's bits."""
     width = _WIDTHS[code]
     values = data.view(np.dtype(f"<u{width}"))
     mask = values.dtype.type(_EXPONENTS[code])
     exponents = np.empty(min(_LANES, values.size), values.dtype)
-    bad = 0
+    bad = top = 0
     for start in range(0, values.size, _LANES):
         part = values[start : start + _LANES]
         found = np.bitwise_and(part, mask, out=exponents[: part.size])
-        if found.max() == mask:
+        highest = int(found.max())
+        top = max(top, highest)
+        if highest == mask:
             bad += int((found == mask).sum())
-    return bad
+    return bad, top
 
 
 class _Digest:

@@ -18,7 +18,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from prior_hub.errors import PriorFormatError, PriorMetadataError
+from prior_hub.priors.architecture import config_fingerprint, stored_bytes
 from prior_hub.priors.config import PriorConfig, is_hub_name
+from prior_hub.priors.tensor_files import open_regular
 from prior_hub.registry.evaluation import evaluation_table
 from prior_hub.registry.markdown import plain as _plain
 from prior_hub.registry.markdown import table as _markdown_table
@@ -27,11 +29,13 @@ from prior_hub.registry.versions import Version, read_versions, versions_table
 
 __all__ = [
     "PICTURES",
+    "architecture_tag",
     "card_metadata",
     "card_pictures",
     "card_problems",
     "card_versions",
     "check_compute",
+    "prior_facts",
     "read_card",
     "render_card",
     "update_card",
@@ -39,12 +43,17 @@ __all__ = [
 
 BEGIN = "<!-- prior_hub: rendered from prior_config.json; text outside these comments is kept -->"
 END = "<!-- prior_hub: end -->"
+METADATA_KEY = "prior_hub"
 PLACEHOLDER = "path/to/this/prior"
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n((?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 _LOAD_LINE = re.compile(r"^prior = PriorModel\.from_pretrained\(.*\)$", re.MULTILINE)
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LIBRARY_NAME = "prior-hub"
+_MOST_CARD = 8 * 2**20  # bytes
+_MOST_METADATA = 2**18  # characters
+_MOST_VALUES = 20_000  # the longest tables of results there are on the Hub have half of it
+_SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAGS = ("prior-hub", "prior", "bayesian", "transfer-learning")
 PICTURES = "prior_pictures"  # folder beside the card
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(?:png|jpg|jpeg|webp|gif)")
@@ -69,8 +78,35 @@ def card_metadata(config: PriorConfig) -> dict[str, Any]:
     if valid:
         data["datasets"] = _once(valid)
     estimator = str(config.estimator.get("name") or "").lower()
-    data["tags"] = _once([*_TAGS, *([estimator] if re.fullmatch(r"[a-z0-9-]+", estimator) else [])])
-    return data
+    facts = prior_facts(config)
+    found = [estimator if re.fullmatch(r"[a-z0-9-]+", estimator) else "", architecture_tag(facts.get("architecture")) or ""]
+    data["tags"] = _once([*_TAGS, *filter(None, found)])
+    return data | {METADATA_KEY: facts}
+
+
+def prior_facts(config: PriorConfig) -> dict[str, Any]:
+    """What the metadata say under `prior_hub:`, so that one listing answers with it and no configuration need be read.
+
+    format, rank, estimator, objective, num_parameters, stored_bytes, scale, architecture (the fingerprint); what is not known
+    is left out.
+    """
+    facts = {
+        "format": config.format_version,
+        "rank": config.rank,
+        "estimator": config.estimator.get("name"),
+        "objective": config.source.get("objective"),
+        "num_parameters": config.num_parameters,
+        "stored_bytes": stored_bytes(config),
+        "scale": config.scale,
+        "architecture": config_fingerprint(config),
+    }
+    texts = ("estimator", "objective", "architecture")
+    return {key: value for key, value in facts.items() if key not in texts or (isinstance(value, str) and value)}
+
+
+def architecture_tag(fingerprint: str | None) -> str | None:
+    """The tag that finds the priors over one architecture."""
+    return f"prior-arch-{fingerprint}" if fingerprint else None
 
 
 def render_card(
@@ -184,7 +220,7 @@ def update_card(
     """Put a rendered card into an existing one, keeping what a person wrote.
 
     A card whose `library_name` is prior-hub, or that has no text yet, gets the prior's metadata. Any other is the card of
-    something else, such as the model the prior lies beside: to its metadata only the prior's tags are added.
+    something else, such as the model the prior lies beside: to its metadata only the prior's tags and `prior_hub:` are added.
 
     Args:
         existing: the card that is there, or None.
@@ -209,7 +245,7 @@ def update_card(
     ours = old_data.get("library_name") == _LIBRARY_NAME or not old_body.strip()
     stay = _parts_that_stay(old_body, new_body, same=_same_gaussian(previous, config))
     new_body = _with_parts(new_body, stay)
-    merged = dict(old_data)
+    merged = old_data | {key: value for key, value in new_data.items() if key == METADATA_KEY}
     if ours:
         left = {key for key, value in outdated.items() if key not in new_data and old_data.get(key) == value}
         if _COMPUTE not in stay and _COMPUTE_UNITS["emissions"] in _part(old_body, _COMPUTE):
@@ -338,10 +374,14 @@ def read_card(path: Path) -> str:
     """The text of a card, its line ends as they are.
 
     Raises:
-        PriorFormatError: it is not UTF-8.
+        PriorFormatError: it is not UTF-8, no regular file, or larger than a card is.
     """
+    with open_regular(path) as file:
+        data = file.read(_MOST_CARD + 1) or b""
+    if len(data) > _MOST_CARD:
+        raise PriorFormatError(f"{path} has more than {_MOST_CARD} bytes: no model card is so long. Move it away.")
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PriorFormatError(f"{path} is not UTF-8 text ({error}): convert it, or move it away.") from error
 
@@ -355,15 +395,56 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     match = _METADATA.match(text)
     if match is None:
         return {}, text
+    values = sum(map(match[1].count, "\n,[{-"))  # before it is parsed, which takes a millisecond for 20 of them
+    if len(match[1]) > _MOST_METADATA or values > 2 * _MOST_VALUES:
+        raise PriorFormatError(
+            f"the metadata of the model card (README.md) has {len(match[1])} characters and some {values} values, more than "
+            f"the {_MOST_METADATA} and {2 * _MOST_VALUES} it may."
+        )
     try:
-        data = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        raise PriorFormatError(f"the metadata of the model card (README.md) is not valid YAML: {error}") from error
+        loader = _SAFE_LOADER(match[1])  # safe_load's, in C where that is there
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
+        _refuse_expansion(data)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a date like 2020-99-99
+        if isinstance(error, PriorFormatError):
+            raise
+        said = "nested too deep" if isinstance(error, RecursionError) else error
+        raise PriorFormatError(f"the metadata of the model card (README.md) is not valid YAML: {said}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise PriorFormatError("the metadata of the model card (README.md) is not a mapping of keys to values.")
     return data, text[match.end() :].lstrip("\n")
+
+
+def _refuse_expansion(data: Any) -> None:
+    """Refuse metadata that its aliases (*name) blow up, or that contain themselves: written out they would fill the memory."""
+    sizes: dict[int, int] = {}  # by identity, of what is still held by `data`
+
+    def size(value: Any) -> int:
+        if not isinstance(value, (dict, list, tuple, set)):
+            return _MOST_VALUES + 1 if isinstance(value, int) and value.bit_length() > 1000 else 1
+        if id(value) not in sizes:
+            sizes[id(value)] = _MOST_VALUES + 1  # should it contain itself
+            inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size, inner))
+        return sizes[id(value)]
+
+    if size(data) > _MOST_VALUES:
+        raise PriorFormatError(
+            f"the metadata of the model card (README.md) stands for more than {_MOST_VALUES} values once its aliases (*name) "
+            "are followed: write them without aliases."
+        )
 
 
 def _join(data: Mapping[str, Any], body: str) -> str:

@@ -273,6 +273,7 @@ def download_prior(
     local_files_only: bool = False,
     force_download: bool = False,
     repair: bool = False,
+    check: Callable[[PriorConfig], object] | None = None,
 ) -> DownloadedPrior:
     """Bring a prior's configuration and weights into the client's cache, all from one commit.
 
@@ -285,6 +286,7 @@ def download_prior(
         local_files_only: use the cache only.
         force_download: download everything again.
         repair: download again what is damaged: the configuration, and the weight files that have not its hashes.
+        check: called with the configuration before any weights are asked for; what it raises ends the download.
 
     Raises:
         PriorNotFoundError: no such repository, revision or sub-folder, or no prior there, or not in the cache.
@@ -296,6 +298,8 @@ def download_prior(
     again = force_download or repair
     config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, again)
     config = PriorConfig.from_json(read_bounded(config_path), where=f"{CONFIG_NAME} of {repo_id}")
+    if check is not None:
+        check(config)
     names = [*config.weight_files, *([INDEX_NAME] if len(config.weight_files) > 1 else [])]
 
     def fetch(name: str) -> None:
