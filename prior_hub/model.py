@@ -705,11 +705,12 @@ class PriorModel:
     @contextmanager
     def _to_push(self, repo_id: str, max_shard_size: int | str, arguments: Mapping[str, Any]) -> Iterator[Path]:
         """A temporary folder with the prior, if its metadata are complete."""
-        PushOptions(**{name: value for name, value in arguments.items() if name != "collection"}).config(self.config)
+        options = PushOptions(**{name: value for name, value in arguments.items() if name != "collection"})
+        config = options.config(self.config)
         kinds = (self.mean, self.variance, self.deviations, self.buffers)
         size = sum(tensor.numel() * tensor.element_size() for tensors in kinds for tensor in tensors.values())
         with push_folder(size) as folder:
-            card = render_card(self.config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
+            card = render_card(config, title=repo_id.rsplit("/", 1)[-1])  # the push fills in the full name
             self._write(folder, card, max_shard_size)
             yield folder
 

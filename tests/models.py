@@ -130,7 +130,8 @@ def random_prior(
     mean = {n: (p.float() + shift * normal(*p.shape)).contiguous() for n, p in body.items()}
     spread = {n: variance * 10 ** (torch.rand(p.shape, generator=generator) - 0.5) for n, p in body.items()}
     rows = {n: variance**0.5 * normal(rank, *p.shape) for n, p in body.items()} if rank else None
-    return PriorModel.from_tensors(mean, spread, rows, head_parameters=tuple(outside), **more)
+    told = {"license": "mit", "base_model": "org/tiny-net", "source": {"dataset": "org/tiny-data"}}  # what a push asks for
+    return PriorModel.from_tensors(mean, spread, rows, head_parameters=tuple(outside), **(told | more))
 
 
 def dense_covariance(prior: PriorModel, names: list[str] | None = None, *, scale: float | None = None) -> Tensor:

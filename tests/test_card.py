@@ -262,6 +262,11 @@ def test_the_code_of_the_card_runs_as_it_stands(hub, tmp_path, monkeypatch):
     exec(code, names)
     assert names["trainer"].state.global_step == 3
     assert any(not torch.equal(p.cpu(), before[name]) for name, p in names["model"].named_parameters())
+    metrics = names["trainer"].evaluate(examples)
+    assert metrics["eval_runtime"] > 0
+    random_prior(scale=1e4).push_to_hub(repo, evaluation={"task": "a-task", "dataset": "org/d", "metrics": metrics})
+    results = ModelCard.load(repo).data.eval_results
+    assert {result.metric_type: result.metric_value for result in results} == {"loss": metrics["eval_loss"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- rendering again

@@ -65,6 +65,12 @@ def changed(folder: Path, **fields: object) -> None:
     (folder / "README.md").write_text(render_card(config_of(folder)))
 
 
+def moved_and_linked(path: Path) -> None:
+    """The file lies in the folder above, and a link leads there."""
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no licence": (lambda f: changed(f, license=None), "no licence is recorded"),
     "a licence in words": (lambda f: changed(f, license="My own terms"), "is not in the Hub's form"),
@@ -76,7 +82,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: changed(f, source={"objective": "x", "dataset": "org/data"}),
         "the licence of the source data set",
     ),
-    "no objective": (lambda f: changed(f, source={"dataset": "org/d", "dataset_license": "mit"}), "the source task's objective"),
+    "no objective": (
+        lambda f: changed(f, source={"dataset": "org/d", "dataset_license": "mit"}),
+        "the source task's objective",
+    ),
     "no estimator": (lambda f: changed(f, estimator={}), "the estimator is not recorded"),
     "an estimator without arguments": (lambda f: changed(f, estimator={"name": "swag"}), "no arguments of the estimator"),
     "no versions": (lambda f: changed(f, libraries={}), "versions of libraries are not recorded: torch"),
@@ -120,10 +129,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a save that was interrupted": (lambda f: (f / ".prior-staging-1234").mkdir(), "left from a save that was interrupted"),
     "a secret": (lambda f: (f / ".env").write_text("HF_TOKEN="), "'.env' may hold a secret"),
-    "a card that is a link to elsewhere": (
-        lambda f: ((f / "README.md").rename(f.parent / "elsewhere.md"), (f / "README.md").symlink_to(f.parent / "elsewhere.md")),
-        "is a link to",
-    ),
+    "a card that is a link to elsewhere": (lambda f: moved_and_linked(f / "README.md"), "is a link to"),
 }  # fmt: skip
 
 

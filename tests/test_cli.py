@@ -123,7 +123,7 @@ def test_check_says_what_is_wrong_and_exits_1(folder, tmp_path, capsys):
 @pytest.mark.hub
 def test_push_info_pull_and_check_over_the_hub(folder, tmp_path, hub, capsys):
     repo = fresh_repo_id("cli")
-    assert main(["push", str(folder), repo, "--tag", "v1.0", "--json"]) == 0
+    assert main(["push", str(folder), repo, "--tag", "v1.0", "--no-pictures", "--json"]) == 0
     pushed = json.loads(capsys.readouterr().out)
     assert pushed["tag"] == "v1.0"
     assert pushed["commit_url"].endswith(pushed["commit_hash"])
@@ -170,6 +170,7 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
 
     monkeypatch.setattr(prior_hub.learning.recipes, "learn_prior", learn)
     monkeypatch.setattr(prior_hub.learning.references, "named_model", lambda name, revision: models.append(name) or fitting)
+    monkeypatch.setattr("prior_hub.plots.card_pictures", lambda prior, folder: {})
     monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
     prior = PriorModel.from_pretrained(folder)
     names = {name: fresh_repo_id(name.split("/")[1]) for name in ("org/resnet50-simclr-prior", "org/name", "me/my-prior")}

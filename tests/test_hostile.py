@@ -7,17 +7,23 @@ is reset before each.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hostile_priors import IGNORED, REFUSED, join, parts, sign
 from priors_for_tests import assert_same, random_prior
+from worker_hostile import status
 
 import prior_hub
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorWarning
@@ -228,3 +234,94 @@ def test_the_golden_folder_and_every_refusal_are_told_apart_by_the_reader_alone(
 
 def test_errors_are_of_one_family():
     assert issubclass(PriorFormatError, PriorHubError)
+
+
+# --------------------------------------------------------------------------------------------------- other people's files
+def _zip(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+def _torch(value: object, modern: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=modern)
+    return buffer.getvalue()
+
+
+def _bytearray() -> bytes:
+    return b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+
+
+def _listed_forever() -> list[object]:
+    value: list[object] = []
+    value.append(value)
+    return value
+
+
+def _large_directory() -> bytes:
+    content = bytearray(_zip({"data.pkl": b"N."}))
+    at = content.rindex(b"PK\x05\x06")
+    content[at + 12 : at + 16] = (2**30).to_bytes(4, "little")
+    return bytes(content)
+
+
+LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a zip bomb": (lambda: _zip({"data.pkl": bytes(300_000_000), "version": b"3"}, zipfile.ZIP_DEFLATED), "compressed archive"),
+    "a compressed record": (
+        lambda: _zip({"data.pkl": b"\x80\x02N.", "data/0": bytes(10_000), "version": b"3"}, zipfile.ZIP_DEFLATED),
+        "compressed archive",
+    ),
+    "20 MB of empty lists": (lambda: _zip({"data.pkl": b"\x80\x02" + b"]" * 20_000_000 + b"."}), "bytes of instructions"),
+    "a million empty lists": (lambda: _zip({"data.pkl": b"\x80\x02" + b"]" * 1_000_000 + b"."}), "instructions"),
+    "the old format, 50 MB of empty lists": (lambda: b"\x80\x02" + b"]" * 50_000_000 + b".", "instructions"),
+    "an array of bytes of any size": (_bytearray, "bytearray"),
+    "the same in an archive": (lambda: _zip({"data.pkl": _bytearray(), "version": b"3"}), "bytearray"),
+    "a tensor of a terabyte with a stride of 0": (
+        lambda: _torch(torch.zeros(1).expand(2**38)),
+        "not stored as so many numbers",
+    ),
+    "the same in the old format": (lambda: _torch(torch.zeros(1).expand(2**38), modern=False), "not stored as so many numbers"),
+    "the same in a checkpoint": (lambda: _torch({"a_sq_mean": torch.zeros(1).expand(2**38)}), "not stored as so many numbers"),
+    "a tensor without numbers": (lambda: _torch(torch.zeros(3, device="meta")), "not stored as so many numbers"),
+    "a sparse tensor": (lambda: _torch(torch.eye(3).to_sparse()), "only dense tensors"),
+    "a list that contains itself": (lambda: _torch(_listed_forever()), "contains itself"),
+    "a list of files of a gigabyte": (_large_directory, "lists files in"),
+    "an archive that is cut": (lambda: _zip({"data.pkl": bytes(1000)})[:500], "cannot be read"),
+    "nothing": (lambda: b"", "cannot be read"),
+}
+
+
+@linux
+@pytest.mark.parametrize("name", LEGACY)
+def test_a_hostile_file_of_others_is_refused_before_it_takes_memory(tmp_path, name):
+    make, words = LEGACY[name]
+    (tmp_path / "prior.pt").write_bytes(make())
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = status("VmRSS"), time.process_time()
+    with pytest.raises(PriorFormatError, match=words):
+        PriorModel.from_legacy(tmp_path)
+    assert time.process_time() - start < 2 * MOST_SECONDS
+    assert status("VmHWM") - before < MOST_BYTES
+
+
+@linux
+def test_a_pipe_among_other_peoples_files_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "prior.pt")
+    with pytest.raises(PriorHubError):
+        PriorModel.from_legacy(tmp_path)
+    with pytest.raises(PriorHubError):
+        PriorModel.from_legacy(tmp_path / "prior.pt")
+
+
+# --------------------------------------------------------------------------------------------------------- publishing
+def test_a_card_that_is_a_link_to_a_secret_is_not_published(good, tmp_path):
+    folder = tmp_path / "prior"
+    shutil.copytree(good["single"], folder)
+    (tmp_path / "secret").write_text("my key")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(PriorFormatError, match="outside the prior's folder"):
+        storage.prior_files(folder, storage.read_config(folder))

@@ -654,3 +654,44 @@ def test_a_stopped_server_is_gone_and_two_can_run_at_once(tmp_path, hub):
     other.stop()
     with pytest.raises(BrokenConnection):
         get_session().get(f"{endpoint}/api/models")
+
+
+# ---------------------------------------------------------------------- collections, last commits
+def test_a_path_knows_the_commit_that_last_changed_it():
+    repo = new_repo()
+    first = push(repo, a_md=b"1").oid
+    second = push(repo, b_md=b"1").oid
+    third = push(repo, a_md=b"2").oid
+
+    def last(revision: str) -> dict[str, str]:
+        items = alice.get_paths_info(repo, ["a.md", "b.md"], revision=revision, expand=True)
+        return {item.path: item.last_commit.oid for item in items}
+
+    assert last("main") == {"a.md": third, "b.md": second}
+    assert last(second) == {"a.md": first, "b.md": second}
+    assert all(item.last_commit is None for item in alice.get_paths_info(repo, ["a.md"]))
+
+
+def test_a_collection_has_one_owner_title_and_each_item_once(hub):
+    if not hasattr(hub, "collections"):
+        pytest.skip("this server has no collections")
+    title, repo = fresh_repo_id("Title").split("/")[1], new_repo()
+    made = alice.create_collection(title)
+    assert made.slug.startswith(f"alice/{title.lower()}-")
+    assert made.url == f"{hub.endpoint}/collections/{made.slug}"
+    assert alice.create_collection(title, exists_ok=True).slug == made.slug
+    with pytest.raises(HfHubHTTPError, match="409"):
+        alice.create_collection(title)
+    alice.add_collection_item(made.slug, repo, "model", note="why")
+    with pytest.raises(HfHubHTTPError, match="409"):
+        alice.add_collection_item(made.slug, repo, "model")
+    (item,) = bob.get_collection(made.slug).items
+    assert (item.item_id, item.item_type, item.note) == (repo, "model", "why")
+    for attempt in (
+        lambda: bob.add_collection_item(made.slug, repo, "model"),
+        lambda: alice_reads.create_collection("Another"),
+        lambda: alice.add_collection_item(made.slug, "alice/never-was", "model"),
+        lambda: bob.get_collection(alice.create_collection(f"{title} secret", private=True).slug),
+    ):
+        with pytest.raises(HfHubHTTPError, match=r"40[34]"):
+            attempt()

@@ -1,10 +1,11 @@
-"""Publishing: what is refused, what a dry run says, and what lands; the card's results, pictures and versions over many pushes."""
+"""Publishing: what is refused, what a dry run tells, what lands; a card's results, pictures and versions over many pushes."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import logging
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -307,7 +308,7 @@ RESULT = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(results=st.lists(RESULT, min_size=1, max_size=4))
 def test_results_come_back_from_the_card_through_the_clients_own_parser(results):
     text = render_card(random_prior().config, repo_id="org/name", evaluation=results)
@@ -456,7 +457,7 @@ def test_a_card_edited_by_hand_keeps_the_edit_after_the_next_pushes(tmp_path):
 CELL = st.text(st.sampled_from("ab|\\-: <!>`#\n"), max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cells=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=4))
 def test_the_list_of_versions_is_read_back_as_it_was_written_whatever_people_write(cells):
     config, rows = random_prior().config, []
@@ -490,7 +491,7 @@ def test_pictures_are_of_the_same_commit_and_beside_the_card(tmp_path, subfolder
 @pytest.mark.hub
 def test_a_picture_that_is_not_there_or_has_no_name_of_one_is_refused_before_any_request(hub, tmp_path):
     hub.clear_log()
-    with pytest.raises(PriorNotFoundError, match="missing.png"):
+    with pytest.raises(PriorNotFoundError, match=r"missing\.png"):
         random_prior().push_to_hub("alice/x", pictures={tmp_path / "missing.png": "x"})
     for name in ("a b.png", "x.html", ".png", "a].png"):
         with pytest.raises(PriorMetadataError, match="no name for a picture"):
@@ -498,18 +499,32 @@ def test_a_picture_that_is_not_there_or_has_no_name_of_one_is_refused_before_any
     assert hub.requests() == []
 
 
-@pytest.mark.hub
-def test_the_command_draws_the_pictures_and_says_why_there_are_none(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    random_prior(buffers=False).save_pretrained(tmp_path)
+def pushed_pictures(folder: Path) -> list[bytes]:
+    """The pictures that the command puts into a card, each shown by it."""
+    random_prior(buffers=False).save_pretrained(folder)
     name = fresh_repo_id()
-    assert main(["push", str(tmp_path), name, "--json"]) == 0
-    pictures = {path for path in tree(name) if path.startswith("prior_pictures/")}
-    assert len(pictures) >= 2
-    assert all(f"]({path})" in card(name) for path in pictures)
-    before = tree(name)
-    assert main(["push", str(tmp_path), name, "--json"]) == 0
-    assert tree(name) == before, "the same prior makes the same pictures"
+    assert main(["push", str(folder), name, "--json"]) == 0
+    paths = [path for path in tree(name) if path.startswith("prior_pictures/")]
+    assert all(f"]({path})" in card(name) for path in paths)
+    return [Path(hf_hub_download(name, path)).read_bytes() for path in paths]
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_the_command_draws_the_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures = pushed_pictures(tmp_path)
+    assert len(pictures) == 3
+    assert all(content.startswith(PNG[:8]) for content in pictures)
+
+
+@pytest.mark.hub
+def test_the_command_pushes_the_pictures_that_are_drawn_and_says_why_there_are_none(tmp_path, capsys, monkeypatch):
+    def draw(prior: PriorModel, folder: Path) -> dict[str, str]:
+        return {path.name: text for path, text in picture(folder, "rank.png", PNG + bytes([prior.rank])).items()}
+
+    monkeypatch.setattr("prior_hub.plots.card_pictures", draw)
+    assert pushed_pictures(tmp_path) == [PNG + b"\3"]
     capsys.readouterr()
 
     def missing(*_: object) -> None:
@@ -596,9 +611,11 @@ PLACES = ["message", "description", "config", "card", "of another"]
 @pytest.mark.parametrize("place", PLACES)
 def test_a_token_is_never_published(hub, tmp_path, place):
     token = ALICE if place != "of another" else SECRET
-    prior = (
-        random_prior(estimator={"name": "swag", "hub_token": token}) if place in ("config", "of another") else random_prior()
-    )
+    fields: dict[str, Any] = {
+        "config": {"head_parameters": ("a", "b", "c", "d", token)},  # the card shows the first four
+        "of another": {"estimator": {"name": "swag", "hub_token": token}},
+    }.get(place, {})
+    prior = random_prior(**fields)
     prior.save_pretrained(tmp_path)
     if place == "card":
         (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + f"\nlogin({token!r})\n")
@@ -612,7 +629,8 @@ def test_a_token_is_never_published(hub, tmp_path, place):
 
 
 @pytest.mark.hub
-def test_no_token_is_in_a_result_a_plan_a_log_or_an_error_of_a_push(hub, tmp_path, caplog):
+def test_no_token_is_in_a_result_a_plan_a_log_or_an_error_of_a_push(hub, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     name = fresh_repo_id()
     random_prior().save_pretrained(tmp_path)
     caplog.set_level(logging.DEBUG)
@@ -640,7 +658,7 @@ def test_a_card_the_client_could_not_read_is_not_pushed_and_a_dry_run_says_so():
     commit(name, "sub/README.md", f"---\n{block}---\n\n# A model\n".encode())  # the Hub looks at the card at the top only
     plan = push_prior_to_hub(random_prior(), name, subfolder="sub", dry_run=True)
     assert "cannot read it" in plan.problems[0]
-    with pytest.raises(PriorFormatError, match="model card .* is not valid, nothing was pushed: .*model_index"):
+    with pytest.raises(PriorFormatError, match=r"model card .* is not valid, nothing was pushed: .*model_index"):
         random_prior().push_to_hub(name, subfolder="sub")
     assert len(alice.list_repo_commits(name)) == 2
 

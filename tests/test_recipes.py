@@ -366,9 +366,10 @@ def test_learn_as_json_prints_one_object_errors_too(places, tmp_path, capsys):
 
 
 @pytest.mark.hub
-def test_learn_can_push_what_it_learned(places, tmp_path, hub, capsys):
+def test_learn_can_push_what_it_learned(places, tmp_path, hub, capsys, monkeypatch):
     from hub_fixtures import fresh_repo_id
 
+    monkeypatch.setattr("prior_hub.plots.card_pictures", lambda prior, folder: {})  # they take seconds
     name = fresh_repo_id("learned")
     learn = command(places, tmp_path / "prior", "--estimator", "isotropic", "--push-to", name)
     assert main(learn) == 1

@@ -472,7 +472,7 @@ def test_private_onto_a_public_repository_is_refused_before_anything_is_uploaded
     before = alice.list_repo_refs(repo, include_pull_requests=True)
     hub.clear_log()
     if kind == "command":
-        assert main(["push", str(tmp_path), repo, "--private"]) == 1
+        assert main(["push", str(tmp_path), repo, "--private", "--no-pictures"]) == 1
         assert f"{repo} exists already and is public: nothing was pushed" in capsys.readouterr().err
     else:
         with refusal(PriorHubError, repo, "public", "nothing was pushed", "update_repo_settings"):

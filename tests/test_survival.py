@@ -56,6 +56,7 @@ def test_a_sample_of_the_faults_is_survived(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_kind_of_fault_in_every_operation_is_survived(tmp_path):
     result = run(tmp_path)
     assert not_survived(result) == []
@@ -79,7 +80,12 @@ def check(result: dict[str, Any]) -> None:
     hit = {(row["operation"], row["number"]) for row in faults}
     assert hit == {(name, number) for name, count in result["requests"].items() for number in range(count)}
     failed = [row for row in faults if row["outcome"] == "clear error" and row["label"] in PASSING]
-    assert failed == [], "a fault that passes costs a retry, not the operation"
+    twice = [
+        r
+        for r in failed
+        if (r["operation"], r["label"]) == ("push, pull request", "slow answer") and "/commit/" in r["request"]
+    ]
+    assert failed == twice, "a fault that passes costs a retry, not the operation, unless a second pull request might be opened"
     outcomes = Counter(row["outcome"] for row in faults)
     assert min(outcomes[name] for name in ("done", "retried", "resumed", "from the cache", "clear error", "killed")) > 0
     assert [row["scenario"] for row in result["scenarios"]] == list(SCENARIOS)
@@ -178,6 +184,19 @@ def test_a_push_with_a_tag_that_is_repeated_is_the_same_push_and_another_prior_d
     with pytest.raises(PriorHubError, match="already has a tag 'v1'; nothing was pushed"):
         random_prior(seed=2).push_to_hub(repo, tag="v1")
     assert HfApi().model_info(repo).sha == first.commit_hash
+
+
+@pytest.mark.hub
+def test_a_pull_request_that_may_still_be_opened_is_not_opened_twice(hub, repo, waits, monkeypatch):
+    monkeypatch.setenv("PRIOR_HUB_TIMEOUT", "0.5")
+    fault = hub.add_fault("delay", seconds=1.5, path=f"{repo}/commit/", times=-1)
+    with pytest.raises(PriorConnectionError, match=f"may still be opened: look at {repo}"):
+        random_prior(seed=1).push_to_hub(repo, create_pr=True)
+    assert fault["hits"] == 1
+    fault["seconds"] = 30
+    with pytest.raises(PriorConnectionError, match="may still land"):
+        random_prior(seed=2).push_to_hub(repo)
+    assert fault["hits"] == 4
 
 
 @pytest.mark.hub

@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
         "Reads everything: format, hashes, shapes, types, NaN, positive variances, and the factor of the covariance. Exit code "
         "1 and one sentence on what is wrong and what to do; notes on what a reader will miss (licence, base model, data set). "
         "--strict is for publishers: that, the card, the files beside the prior and the repository's tags must be in order.",
-        "examples:\n  prior-hub check ./my_prior\n  prior-hub check org/name --json\n  prior-hub check org/name --strict",
+        "examples:\n  prior-hub check ./my_prior\n  prior-hub check org/name --json",
     )
     prior_argument(check)
     check.add_argument("--strict", action="store_true", help="exit code 1 where anything a reader needs is missing or doubtful")

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,14 +173,15 @@ def pictures_of(folder: Path, wanted: bool = True) -> Iterator[tuple[dict[Path, 
         yield None, _NO_PICTURES
         return
     from prior_hub.model import PriorModel
+    from prior_hub.registry.hub import push_folder
 
-    with tempfile.TemporaryDirectory(prefix="prior-hub-pictures-") as place:
+    with push_folder(10**6) as place:  # pictures are small; what a killed process leaves is removed by the next push
         try:
-            texts = card_pictures(PriorModel.from_pretrained(folder), Path(place))
+            texts = card_pictures(PriorModel.from_pretrained(folder), place)
         except ImportError:
             yield None, _NO_PICTURES
             return
-        yield {Path(place) / name: text for name, text in texts.items()}, None
+        yield {place / name: text for name, text in texts.items()}, None
 
 
 _NO_PICTURES = "the card has no pictures: they need pip install 'prior-hub[plots]'"

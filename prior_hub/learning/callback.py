@@ -32,7 +32,7 @@ class SwagCallback(TrainerCallback):
 
         callback = SwagCallback(rank=20, start=0.75, every_n_steps=50)
         Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
-        callback.prior(base_model="org/name", dataset="cifar10").push_to_hub("me/name-prior")
+        callback.prior(base_model="org/name", dataset="cifar10", license="mit").push_to_hub("me/name-prior")
 
     SWAG needs weights that keep moving: a schedule that decays to zero, as Trainer's default does, gives snapshots of one point
     (a warning says so). Either give Trainer a constant one, or pass `swa_lr`: from `start` on the callback then sets the

@@ -10,6 +10,7 @@ Nothing is allocated: the models are made on torch's "meta" device.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def reference_model(name: str) -> nn.Module:
     if library not in makers or not model:
         raise ValueError(f"reference {name!r}: {_EXPECTED}.")
     try:
-        with torch.device("meta"):
-            return makers[library](model)
+        return _without_weights(lambda: makers[library](model))
     except ImportError as error:
         raise PriorNotFoundError(f"reference {name!r}: {error}. Install it: pip install 'prior-hub[vision]'.") from error
 
@@ -80,10 +80,24 @@ def named_model(name: str, *, revision: str | None = None) -> nn.Module:
         if getattr(config, "model_args", None):  # timm 1.0.31 writes num_classes there too, transformers 5.24 has it twice
             config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
     try:
-        with torch.device("meta"):
-            return _module(transformers.AutoModel.from_config(config) if made is None else made._from_config(config))
+        make = transformers.AutoModel.from_config if made is None else made._from_config
+        return _without_weights(lambda: _module(make(config)))
     except ImportError as error:
         raise PriorNotFoundError(f"model {name!r}: {error}. Install it: pip install 'prior-hub[vision]'.") from error
+
+
+def _without_weights(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` makes, its parameters on the meta device."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # which leaves all else real: timm 1.0.20 reads numbers that it computes
+        return make()
 
 
 def _torchvision(name: str) -> nn.Module:

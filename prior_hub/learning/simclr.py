@@ -32,7 +32,8 @@ class SimCLR(SelfSupervised):
         args = TrainingArguments("out", remove_unused_columns=False, dataloader_drop_last=True, lr_scheduler_type="constant")
         callback = SwagCallback(rank=20)
         Trainer(model=model, args=args, train_dataset=images, callbacks=[callback]).train()
-        callback.prior(dataset="org/images").push_to_hub("me/resnet18-simclr-prior")    # over the backbone, by its own names
+        prior = callback.prior(dataset="org/images", license="mit")     # over the backbone, by its own names
+        prior.push_to_hub("me/resnet18-simclr-prior", base_model="me/resnet18")
 
     More in `SelfSupervised`: batches, accumulation, several processes.
 

@@ -970,7 +970,10 @@ _UNREADABLE = (
 _MOST_DIRECTORY = 12 * 2**20  # bytes of a zip archive's list of files: more than 100,000 tensors need
 _MOST_PICKLED = 16 * 2**20  # bytes of what says how the tensors are made, in the format before torch 1.6
 _MOST_STEPS = 500_000  # of it
-_NEVER = ("builtins bytearray", "__builtin__ bytearray")  # which torch would make, as large as the file says
+_NEVER = (  # which torch would make: bytes as many as the file says, and tensors that are not dense
+    *("builtins bytearray", "__builtin__ bytearray"),
+    *("torch._utils _rebuild_sparse_tensor", "torch._utils _rebuild_nested_tensor", "torch._utils _rebuild_qtensor"),
+)
 
 
 def _refuse_bombs(path: Path) -> None:
@@ -1026,7 +1029,7 @@ def _count_steps(data: bytes, path: Path) -> None:
                 if steps > _MOST_STEPS:
                     raise PriorFormatError(f"{path.name} has more than {_MOST_STEPS} instructions: tensors need no more.")
                 if step.name in ("GLOBAL", "INST") and argument in _NEVER:
-                    raise PriorFormatError(f"{path.name} asks for a {argument.split()[1]} of any size, not for tensors alone.")
+                    raise PriorFormatError(f"{path.name} asks for {argument.replace(' ', '.')}: only dense tensors are read.")
         except PriorFormatError:
             raise
         except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error):

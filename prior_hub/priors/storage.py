@@ -77,6 +77,7 @@ __all__ = [
     "Cut",
     "StoredPrior",
     "file_sha256",
+    "leads_out",
     "open_tensors",
     "parse_size",
     "prior_files",
@@ -400,9 +401,28 @@ def read_config(folder: str | os.PathLike[str]) -> PriorConfig:
     return _undisturbed(folder, read)
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to somewhere outside its folder, and not one of the Hub client's cache to its own contents."""
+    if not path.is_symlink():
+        return False
+    folder = path.parent.resolve()
+    inside = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return not any(Path(os.path.realpath(path)).is_relative_to(root) for root in inside)
+
+
 def prior_files(folder: str | os.PathLike[str], config: PriorConfig) -> list[Path]:
-    """The files that make the prior: configuration, weights, index and card, as far as they are there."""
+    """The files that make the prior: configuration, weights, index and card, as far as they are there.
+
+    Raises:
+        PriorFormatError: the card is a link to a file elsewhere, which nobody meant to publish. (Weights have their hash, the
+            configuration its form; a card may be any text.)
+    """
     current = _current(Path(folder))
+    if leads_out(current / CARD_NAME):
+        raise PriorFormatError(
+            f"{current / CARD_NAME} is a link to {os.path.realpath(current / CARD_NAME)}, outside the prior's folder: put "
+            "the card itself there."
+        )
     names = [CONFIG_NAME, *config.weight_files, INDEX_NAME, CARD_NAME]
     wanted = [current / name for name in names if name != INDEX_NAME or len(config.weight_files) > 1]
     return [path for path in wanted if path.is_file()]

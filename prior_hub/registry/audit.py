@@ -21,7 +21,7 @@ from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, is_hub_name
 from prior_hub.priors.diagnosis import Diagnosis
 from prior_hub.priors.gaussian import LowRankGaussian
-from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, WEIGHTS_NAME
+from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, WEIGHTS_NAME, leads_out
 from prior_hub.registry.card import BEGIN, END, card_metadata, read_card, render_card, split_card
 from prior_hub.registry.hub import _api, _explained, _join
 
@@ -245,16 +245,11 @@ def audit_files(names: Iterable[str], config: PriorConfig, *, folder: Path | Non
             and "/" not in name
         ):
             found.append(Finding(f"{shown} does not belong to a prior", "remove it, or keep it elsewhere"))
-        if folder is not None and (folder / name).is_symlink():
+        if folder is not None and leads_out(folder / name):
             target = os.path.realpath(folder / name)
-            cache = folder.resolve().parent.parent  # of the Hub's client: snapshots/<commit>/ links to blobs/
-            inside = (folder.resolve(), *([cache / "blobs"] if folder.resolve().parent.name == "snapshots" else []))
-            if not any(Path(target).is_relative_to(root) for root in inside):
-                found.append(
-                    Finding(
-                        f"{shown} is a link to {target[:100]!r}", "put the file itself here: the link leads out of the folder"
-                    )
-                )
+            found.append(
+                Finding(f"{shown} is a link to {target[:100]!r}", "put the file itself here: the link leads out of the folder")
+            )
     return found
 
 

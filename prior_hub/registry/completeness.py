@@ -6,16 +6,14 @@ what the prior knows. An isotropic prior has no source task of its own, so that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from prior_hub.errors import PriorMetadataError
 from prior_hub.priors.config import PriorConfig, is_hub_name
+from prior_hub.registry.tokens import TOKEN
 
 __all__ = ["check_complete", "completed", "missing_in", "missing_metadata", "refuse_tokens"]
-
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b")  # of the Hub; its own have 34 characters after the prefix
 
 
 def missing_metadata(
@@ -97,7 +95,7 @@ def refuse_tokens(texts: Iterable[tuple[str, str | None]], token: str | None) ->
         PriorMetadataError: names the text, not the token.
     """
     for name, text in texts:
-        if text and ((token and len(token) > 7 and token in text) or _TOKEN.search(text)):
+        if text and ((token and len(token) > 7 and token in text) or TOKEN.search(text)):
             raise PriorMetadataError(
                 f"{name} contains an access token of the Hub: nothing was sent. Take it out; if it has been anywhere public, "
                 "invalidate it at https://huggingface.co/settings/tokens."

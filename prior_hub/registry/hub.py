@@ -2,7 +2,8 @@
 
 What the client does well (cache, resuming, retries, locks, ETags) is used as it is. Added here: the revision is resolved
 once and every file taken from that commit; one `create_commit` per push, with the parent commit, and after a lost answer
-the head is compared before anything is tried again; errors that say what to do.
+the head is compared before anything is tried again; requests that the client gives up at once, or waits for without end, are
+repeated and bounded (`_Api`, `_bounded`); errors that say what to do.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ from prior_hub.registry.card import (
 )
 from prior_hub.registry.completeness import check_complete, completed, missing_in, refuse_tokens
 from prior_hub.registry.evaluation import Evaluation, eval_results
+from prior_hub.registry.tokens import discreet, remember
 from prior_hub.registry.versions import Version, new_versions
 
 _fcntl: ModuleType | None
@@ -229,6 +231,7 @@ def _is_what_its_name_says(path: Path) -> bool:
 
 
 def _api(token: str | bool | None) -> HfApi:
+    remember(token)
     return _Api(token=token, library_name=LIBRARY_NAME, library_version=__version__)
 
 
@@ -852,12 +855,22 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
                     f"somebody else pushed to {repo_id} ({branch}) meanwhile: it is at {now[:8]}, this push started from "
                     f"{head[:8]}. Nothing of this push landed. Look at the new commit, then push again."
                 ) from error
+            late = _may_come_late(error.__cause__)
+            if late and (create_pr or attempt == _TRIES):  # a second pull request would not meet the parent commit's guard
+                what = "The pull request may still be opened" if create_pr else "This push may still land"
+                raise PriorConnectionError(f"{error} {what}: look at {repo_id} before pushing again.") from error
             if attempt == _TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
             time.sleep(_pause(error.__cause__, attempt))
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
+
+
+def _may_come_late(error: BaseException | None) -> bool:
+    """Whether the Hub, or a gateway in front of it, only took longer than somebody waited."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status == 504 or type(error).__name__.endswith(("Timeout", "TimeoutError"))
 
 
 def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
@@ -978,7 +991,8 @@ def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Ite
     """Turn the client's errors into ours, which say what to do; anything else passes through."""
     at = f"{repo_id!r}" + (f" at {revision!r}" if revision else "") + (f", folder {subfolder!r}" if subfolder else "")
     try:
-        yield
+        with discreet():
+            yield
     except PriorHubError:
         raise
     except HFValidationError as error:

@@ -219,10 +219,11 @@ def list_priors(
             filters.append(f"{prefix}:{value}")
         elif value:
             tests.append(partial(_is_called, prefix, value))
-    if estimator and _TAG.fullmatch(estimator.lower()):
-        filters.append(estimator.lower())
-    elif estimator:
-        tests.append(lambda info: (info.estimator or "").casefold() == estimator.casefold())
+    if estimator:
+        is_tag = _TAG.fullmatch(estimator.lower()) is not None
+        filters += [estimator.lower()] if is_tag else []  # another tag may be called so too ("bayesian")
+        unknown = estimator if is_tag else ""
+        tests.append(lambda info: (info.estimator or unknown).casefold() == estimator.casefold())
     if license:
         filters.append(f"license:{license}")
     if task:

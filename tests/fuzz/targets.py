@@ -238,14 +238,15 @@ class Targets:
             text = data.decode()
         except UnicodeDecodeError:
             return
-        metadata, body = split_card(text)
+        metadata, body = split_card(text.removeprefix("\ufeff"))  # which joining takes off
+        split_card(text)
         rendered = render_card(PriorConfig.from_json(self.config_text), repo_id="org/name")
         merged = update_card(text, rendered, repo_id="org/name")
         again, _ = split_card(merged)
         if again.get("library_name") not in ("prior-hub", metadata.get("library_name")):
             raise Finding("accepted lie: the metadata of the card are lost")
         if "prior_hub:" not in text:  # with its own comments in it, what is between them is rendered anew
-            for line in body.removeprefix("\ufeff").replace("\r\n", "\n").split("\n"):
+            for line in body.replace("\r\n", "\n").split("\n"):
                 if line.strip() and line.strip() not in merged.replace("\r\n", "\n"):
                     raise Finding(f"accepted lie: a person's line is lost: {line[:80]!r}")
 
