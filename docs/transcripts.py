@@ -7,17 +7,25 @@ STORY is the table: scenes of commands and Python programs, in order, run in one
 against tests/loopback_hub.py. To show a new command add a `Sh("prior-hub NAME ...")` where it belongs: tests/test_docs.py fails
 while a command of the parser is in no scene. Nothing that was printed is edited but what differs between two runs: the address
 of the loopback server (written as the Hub's), hashes of commits, temporary folders, durations.
+
+Each command has a process of its own, forked from one that has imported torch and transformers already (that takes seconds).
+Python programs, and commands that set HF_HUB_OFFLINE, which the Hub's client reads when it is imported, start from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +263,7 @@ def record() -> Iterator[str]:
         work.mkdir()
         programs.mkdir()
         script = programs / "prior-hub"
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m prior_hub.cli "$@"\n')
+        script.write_text(_CLIENT.format(python=sys.executable, socket=str(base / "socket")))
         script.chmod(0o755)
         hub = start_hub(base / "hub")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PRIOR_HUB_"))}
@@ -280,13 +288,71 @@ def record() -> Iterator[str]:
                 text = text.replace(found, written)
             return _same_each_time(text.replace(str(work), HOME).replace(str(base), "/tmp"))
 
+        served = subprocess.Popen(
+            [sys.executable, __file__, "--serve", str(base / "socket")], cwd=work, env=environment, stdout=subprocess.DEVNULL
+        )
         try:
+            while not (base / "socket").exists():
+                time.sleep(0.1)
+                if served.poll() is not None:
+                    raise SystemExit("the process that runs the commands ended")
             for scene in STORY:
                 yield f"\n## {scene.title}\n" + (f"\n{scene.words}\n" if scene.words else "")
                 for step in scene.steps:
                     yield "\n" + _run(step, work, environment, tidy)
         finally:
+            served.kill()
+            served.wait()
             hub.stop()
+
+
+_CLIENT = """\
+#!{python} -S
+import json, os, socket, sys
+
+if os.environ.get("HF_HUB_OFFLINE", "0") != "0":
+    os.execv({python!r}, [{python!r}, "-m", "prior_hub.cli", *sys.argv[1:]])
+there = socket.socket(socket.AF_UNIX)
+there.connect({socket!r})
+socket.send_fds(there, [json.dumps([sys.argv[1:], os.getcwd()]).encode()], [0, 1, 2])
+sys.exit(int(there.recv(16)))
+"""
+
+
+def serve(place: str) -> None:
+    """Run the commands that come over a socket, each in a fork of this process, with the files and the folder of who asks."""
+    for name in ("demo", "finetuning.trainer", "learning.recipes"):
+        importlib.import_module(f"prior_hub.{name}")
+    from prior_hub.cli import main as run
+
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(place + ".new")
+    listening.listen()
+    Path(place + ".new").rename(place)  # it is there when it answers
+    while True:
+        asking, _ = listening.accept()
+        message, files, _, _ = socket.recv_fds(asking, 1 << 16, 3)
+        arguments, folder = json.loads(message)
+        child = os.fork()
+        if not child:
+            code: int | str | None = 1
+            try:
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                os.chdir(folder)
+                code = run(arguments)
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:  # noqa: BLE001 (shown, and the child ends)
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code if isinstance(code, int) else 0)
+        for file in files:
+            os.close(file)
+        asking.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+        asking.close()
 
 
 def _run(step: Sh | Py, work: Path, environment: dict[str, str], tidy: object) -> str:
@@ -340,7 +406,10 @@ def main() -> int:
     """Write the page, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something else is printed")
+    parser.add_argument("--serve", metavar="SOCKET", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve)
     pieces = []
     for piece in record():
         print(piece, end="", flush=True, file=sys.stderr)
