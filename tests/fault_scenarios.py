@@ -154,6 +154,18 @@ def read_only(world: World, cached: bool) -> Finding:
 
 
 # ------------------------------------------------------------------------------------------------------ the whole connection
+def breaks_off(world: World) -> Finding:
+    """A large file goes on where it broke off (small ones are fetched anew: the client keeps parts from 10 MiB on)."""
+    large = world.random_prior(4, 4, {"w": (1_200_000,)})
+    publish(world, large)
+    world.hub.clear_log()
+    world.hub.add_fault("drop", after_bytes=22 * 2**20, method="GET", path="^/lfs/")
+    found = world.PriorModel.from_pretrained(REPO, cache_dir=world.cache)
+    ranges = [entry["range"] for entry in world.hub.requests("^/lfs/", method="GET")]
+    resumed = len(ranges) == 2 and ranges[1] and ranges[1] != "bytes=0-"
+    return "resumed" if resumed else "retried", [f"requests {ranges}"] * (not resumed) + world.differences(found, large)
+
+
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     from huggingface_hub import constants
@@ -306,6 +318,7 @@ SCENARIOS: dict[str, Callable[[World], Finding]] = {
     "pull, read-only cache, no copy": lambda world: read_only(world, False),
     "pull and push, offline, cached copy": lambda world: is_offline(world, True),
     "pull and push, offline, no copy": lambda world: is_offline(world, False),
+    "pull, a large file that breaks off": breaks_off,
     "pull, repository deleted, cached copy": deleted,
     "pull and push, the Hub never answers": silent,
     "pull, two processes at once": lambda world: pulled_at_once(world, 2),

@@ -689,7 +689,7 @@ turn), or that request and all after it ("for good"). {count} faults were inject
 pull request held a whole prior or none, and the same operation, repeated without the fault, succeeded.
 
 Outcomes: **done** (the fault did not matter), **retried** (requests were repeated, by the Hub client or by prior_hub),
-**resumed** (the download went on where it broke off), **cached** (the copy in the cache was used), **error** (a
+**resumed** (the download of a large file went on where it broke off), **cached** (the copy in the cache was used), **error** (a
 `PriorHubError` that names the repository and says what to do), **interrupted** and **killed** (that was the fault).
 Transfers are plain LFS here; over Xet the client has retries of its own.
 

@@ -206,6 +206,19 @@ def test_a_repository_needs_a_tag_and_what_closes_it_is_noted(ready, capsys):
 
 
 @pytest.mark.hub
+def test_what_the_hubs_validator_says_of_the_card_is_said(hub, ready, capsys):
+    repo = fresh_repo_id("strict")
+    main(["push", str(ready), repo, "--tag", "v1.0"])
+    capsys.readouterr()
+    body = json.dumps({"errors": [{"message": '"datasets[0]" is no data set'}], "warnings": []})
+    hub.add_fault("status", path="validate-yaml", times=-1, status=400, body=body, headers={"Content-Type": "application/json"})
+    (found,) = findings(repo, capsys)
+    assert "the card is not valid" in found
+    assert '"datasets[0]" is no data set' in found
+    assert "nothing was pushed" not in found
+
+
+@pytest.mark.hub
 def test_a_pickle_is_found_in_a_repository(ready, capsys):
     repo = fresh_repo_id("strict")
     main(["push", str(ready), repo])

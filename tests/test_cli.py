@@ -169,8 +169,9 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
         prior.save_pretrained(output)
 
     monkeypatch.setattr(prior_hub.learning.recipes, "learn_prior", learn)
-    monkeypatch.setattr(prior_hub.learning.references, "named_model", lambda name, revision: models.append(name) or fitting)
     monkeypatch.setattr("prior_hub.plots.card_pictures", lambda prior, folder: {})
+    taken = lambda name, revision=None: models.append(name) or fitting  # noqa: E731
+    monkeypatch.setattr(prior_hub.learning.references, "named_model", taken)
     monkeypatch.setattr(prior_hub.demo, "run_demo", lambda output, **options: demos.append((str(output), options["seeds"])))
     prior = PriorModel.from_pretrained(folder)
     names = {name: fresh_repo_id(name.split("/")[1]) for name in ("org/resnet50-simclr-prior", "org/name", "me/my-prior")}
@@ -199,10 +200,10 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
                     )
                 )
                 words[2] = targets[-1].repo_id
-            assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+            assert main(words) == 0, f"{line}: {capsys.readouterr()}"
     expected = [("uoft-cs/cifar10", None, None), ("./photos", "fisher", None), ("fancyzhx/ag_news", None, "masked-lm")]
     assert learned == [*expected, ("./photos", None, "simclr"), (None, "isotropic", None)]
-    assert models == ["microsoft/resnet-50"]
+    assert models == ["resnet18", "torchvision:resnet50", "./my_model", "microsoft/resnet-50"]  # fits, info --model
     assert demos == [("demo_output", 3), ("demo_output", 3), ("my_demo", 5)]
     assert PriorModel.from_pretrained("prior").rank == 3  # pull --output
     refs = [HfApi().list_repo_refs(t.repo_id, include_pull_requests=True) for t in targets]

@@ -749,7 +749,8 @@ def test_a_prior_that_fits_is_downloaded_by_the_trainer_as_before(hub, tmp_path)
     from models import random_prior as prior_over
 
     model = tiny_vit()
-    repo = prior_over(model).push_to_hub(fresh_repo_id("right")).repo_id
+    known = {"license": "mit", "base_model": "org/vit", "source": {"dataset": "org/data"}}
+    repo = prior_over(model, **known).push_to_hub(fresh_repo_id("right")).repo_id
     trainer = PriorTrainer(model=model, prior=repo, args=quiet_arguments(tmp_path), train_dataset=[{}])
     assert trainer.prior.repo_id == repo
     trainer.prior.save_pretrained(tmp_path / "prior")

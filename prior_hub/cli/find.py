@@ -83,6 +83,7 @@ def add_commands(commands: Any) -> None:
     fits.add_argument(
         "--min-coverage", type=float, default=0.5, metavar="SHARE", help="of a prior that must have a place (0.5)"
     )
+    fits.add_argument("--revision", metavar="REV", help="branch, tag or commit of the model on the Hub")
     fits.add_argument("--all", action="store_true", help="read the configurations of all other priors too")
     _limit(fits)
     json_argument(fits)
@@ -126,7 +127,7 @@ def _fits(arguments: argparse.Namespace) -> int:
     from prior_hub.learning.references import named_model
     from prior_hub.registry.search import priors_for
 
-    model = named_model(arguments.model)
+    model = named_model(arguments.model, revision=arguments.revision)
     found = priors_for(
         model, limit=arguments.limit, min_coverage=arguments.min_coverage, others=True if arguments.all else None
     )

@@ -8,13 +8,14 @@ should not.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from prior_hub.errors import PriorFormatError, PriorHubError, PriorNotFoundError
@@ -289,10 +290,11 @@ def hub_state(
         try:
             text = read_card(path)
             split_card(text)  # bounded, before the client reads it
-            with _explained(repo_id, commit, subfolder):
-                ModelCard(text, ignore_metadata_errors=True).validate(repo_type="model")
-        except (PriorFormatError, ValueError) as error:
-            problem = _line(error)
+            with _explained(repo_id, commit, subfolder), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of empty metadata, which `audit_card` finds
+                api._validate_yaml(text, repo_type="model")  # ModelCard.validate asks huggingface.co whatever the endpoint is
+        except PriorFormatError as error:
+            problem = _line(error.__cause__ or error)
     gated = info.gated or False
     state = HubState(tuple(files), bool(info.private), gated, tuple(tags), text)
     return state, problem
