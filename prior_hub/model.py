@@ -34,17 +34,9 @@ from prior_hub.priors.matching import Match, NameMap, canonical_parameters, pers
 from prior_hub.priors.storage import CARD_NAME, StoredPrior, read_config, read_prior, write_prior
 from prior_hub.registry.card import read_card, render_card, update_card
 from prior_hub.registry.collections import add_to_collection
+from prior_hub.registry.download import download_legacy, download_prior
 from prior_hub.registry.evaluation import Evaluation
-from prior_hub.registry.hub import (
-    PushOptions,
-    PushPlan,
-    PushResult,
-    download_legacy,
-    download_prior,
-    plan_push,
-    push_folder,
-    upload_prior,
-)
+from prior_hub.registry.upload import PushOptions, PushPlan, PushResult, plan_push, push_folder, upload_prior
 
 __all__ = ["PriorModel", "library_versions", "push_prior_to_hub"]
 

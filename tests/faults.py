@@ -208,13 +208,14 @@ class World:
         from prior_hub.cli import main
         from prior_hub.errors import PriorConnectionError, PriorHubError, PriorNotFoundError
         from prior_hub.model import PriorModel
-        from prior_hub.registry import hub as registry
-        from prior_hub.registry.hub import download_config, push_folder
+        from prior_hub.registry import client
+        from prior_hub.registry.download import download_config
+        from prior_hub.registry.upload import push_folder
 
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = TIMEOUT  # in the environment: whole seconds only
         import huggingface_hub.utils._http as client_http
 
-        for module in (client_http, registry):
+        for module in (client_http, client):
             module.time = Hasty()
         self.differences, self.PriorModel, self.PriorHubError = differences, PriorModel, PriorHubError
         self.PriorNotFoundError, self.download_config, self.main = PriorNotFoundError, download_config, main

@@ -16,7 +16,7 @@ from prior_hub.errors import PriorFormatError, PriorHubError, PriorMatchError, P
 from prior_hub.model import PriorModel, library_versions, push_prior_to_hub
 from prior_hub.priors.config import FORMAT_VERSION
 from prior_hub.priors.storage import read_config
-from prior_hub.registry.hub import scratch_folder
+from prior_hub.registry.upload import scratch_folder
 
 ONE = {"w": torch.ones(3)}
 
@@ -271,7 +271,7 @@ def test_large_pushes_are_made_beside_the_clients_cache_unless_tmpdir_says_where
 def test_a_push_writes_where_it_is_told_to_and_leaves_nothing_there(tmp_path, monkeypatch):
     asked, found = [], []
     prior = random_prior(deviations=torch.bfloat16)
-    monkeypatch.setattr("prior_hub.registry.hub.scratch_folder", lambda size: (asked.append(size), tmp_path)[1])
+    monkeypatch.setattr("prior_hub.registry.upload.scratch_folder", lambda size: (asked.append(size), tmp_path)[1])
     monkeypatch.setattr(
         "prior_hub.model.upload_prior", lambda folder, *_, **__: found.append((Path(folder).parent.parent, read_config(folder)))
     )

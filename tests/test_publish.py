@@ -24,8 +24,9 @@ from prior_hub.model import PriorModel, push_prior_to_hub
 from prior_hub.priors.storage import read_config
 from prior_hub.registry.card import card_problems, card_versions, render_card, split_card, update_card
 from prior_hub.registry.collections import add_to_collection
+from prior_hub.registry.download import download_config
 from prior_hub.registry.evaluation import eval_results
-from prior_hub.registry.hub import PushPlan, download_config
+from prior_hub.registry.upload import PushPlan
 from prior_hub.registry.versions import Version, new_versions, read_versions, versions_table
 
 alice = HfApi()

@@ -30,8 +30,9 @@ from prior_hub.errors import (
     PriorNotFoundError,
 )
 from prior_hub.model import PriorModel, push_prior_to_hub
-from prior_hub.registry import hub as registry
-from prior_hub.registry.hub import download_config, upload_prior
+from prior_hub.registry import client, download
+from prior_hub.registry.download import download_config
+from prior_hub.registry.upload import upload_prior
 
 pytestmark = pytest.mark.hub
 
@@ -142,7 +143,7 @@ def test_when_one_file_fails_those_that_wait_are_not_fetched(repo, cache, monkey
         return None
 
     monkeypatch.setattr(HfApi, "hf_hub_download", fails)
-    monkeypatch.setattr(registry, "_DOWNLOADS", 1)
+    monkeypatch.setattr(download, "_DOWNLOADS", 1)
     with pytest.raises(PriorConnectionError, match="the first"):
         load(repo, cache)
     assert asked.count(asked[0]) == 3, "it was tried again"
@@ -756,7 +757,7 @@ def test_a_pull_request_whose_answer_is_lost_is_found_and_opened_once(hub, repo,
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_commit_that_fails_is_tried_again_and_made_once(hub, repo, cache, status, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(registry.time, "sleep", waits.append)
+    monkeypatch.setattr(client.time, "sleep", waits.append)
     fault = hub.add_fault("status", status=status, method="POST", path=f"{repo}/commit/", times=2)
     random_prior(seed=1).push_to_hub(repo)
     assert fault["hits"] == 2

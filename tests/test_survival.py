@@ -22,7 +22,7 @@ from priors_for_tests import assert_same, random_prior
 
 from prior_hub.errors import PriorConnectionError, PriorHubError, PriorStorageError
 from prior_hub.model import PriorModel
-from prior_hub.registry import hub as registry
+from prior_hub.registry import client, upload
 
 EXPERIMENT = Path(__file__).with_name("faults.py")
 DOCS = Path(__file__).parent.parent / "docs"
@@ -118,7 +118,7 @@ def repo() -> str:
 def waits(monkeypatch) -> list[float]:
     """How long it waited between tries; it does not."""
     found: list[float] = []
-    monkeypatch.setattr(registry, "time", SimpleNamespace(sleep=found.append))
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=found.append))
     return found
 
 
@@ -143,7 +143,7 @@ def test_a_silent_hub_ends_a_push_and_the_session_gets_its_own_time_out_back(hub
     assert get_session().timeout.read is None
     monkeypatch.setattr(session, "timeout", 9.0)
     hub.clear_faults()
-    with registry._bounded():
+    with client.bounded():
         assert session.timeout.read == 9
 
 
@@ -207,29 +207,29 @@ def test_force_download_of_what_cannot_be_fetched_is_an_error_of_the_connection(
 
 
 def test_a_disk_error_is_an_os_error_and_one_of_ours():
-    with pytest.raises(PriorStorageError, match="cache_dir") as caught, registry._explained("org/name", None, None):
+    with pytest.raises(PriorStorageError, match="cache_dir") as caught, client.explained("org/name", None, None):
         raise OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/x")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/cache/blobs/x")
     assert isinstance(caught.value, (OSError, PriorHubError))
-    with pytest.raises(OSError, match="too deep") as caught, registry._explained("org/name", None, None):
+    with pytest.raises(OSError, match="too deep") as caught, client.explained("org/name", None, None):
         raise OSError(errno.ELOOP, "too deep")
     assert type(caught.value) is OSError
 
 
 def test_a_disk_that_is_full_while_a_push_is_prepared_says_that_nothing_was_pushed(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "scratch_folder", lambda _: tmp_path)
-    with pytest.raises(PriorStorageError, match=r"Nothing was pushed.*TMPDIR"), registry.push_folder(10**6):
+    monkeypatch.setattr(upload, "scratch_folder", lambda _: tmp_path)
+    with pytest.raises(PriorStorageError, match=r"Nothing was pushed.*TMPDIR"), upload.push_folder(10**6):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_of_a_push_that_was_killed_is_removed_by_the_next_and_one_under_way_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "scratch_folder", lambda _: tmp_path)
+    monkeypatch.setattr(upload, "scratch_folder", lambda _: tmp_path)
     (tmp_path / "prior-hub-push-dead" / "prior").mkdir(parents=True)
     (tmp_path / "somebody-elses").mkdir()
-    with registry.push_folder(1) as first:
+    with upload.push_folder(1) as first:
         (first / "file").touch()
-        with registry.push_folder(1) as second:
+        with upload.push_folder(1) as second:
             assert (first / "file").exists()
             names = {path.name for path in tmp_path.iterdir()}
             assert names == {first.parent.name, second.parent.name, "somebody-elses"}

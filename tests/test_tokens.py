@@ -12,10 +12,10 @@ import pytest
 from hub_fixtures import ALICE, HubServer, fresh_repo_id
 from priors_for_tests import random_prior
 
-import prior_hub.registry.hub as hub_module
 from prior_hub.cli import main
 from prior_hub.errors import PriorHubError
 from prior_hub.model import PriorModel
+from prior_hub.registry import client
 from prior_hub.registry.tokens import scrubbed
 
 pytestmark = pytest.mark.hub
@@ -90,7 +90,7 @@ def test_a_signed_address_that_refuses_is_not_shown_with_its_signature(hub: HubS
 @pytest.mark.parametrize("answer", [ANSWERS["401"], ANSWERS["403"], ANSWERS["400"]], ids=["401", "403", "400"])
 @pytest.mark.parametrize("path", ["/preupload/", "/commit/"])
 def test_pushing_says_no_token_whatever_the_server_says(hub: HubServer, repo, caplog, monkeypatch, answer, path):
-    monkeypatch.setattr(hub_module, "_PUSH_TRIES", 1)
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     hub.add_fault("status", path=path, times=-1, **of_others(answer))
     fails_discreetly(lambda: random_prior(seed=1).push_to_hub(repo), caplog)
 

@@ -83,7 +83,7 @@ def non_negative(text: str) -> int:
 def read_config_of(arguments: argparse.Namespace) -> tuple[PriorConfig, str, str | None]:
     """(configuration, where it is from, its commit) of `prior_argument`; no weights are downloaded."""
     from prior_hub.priors.storage import read_config
-    from prior_hub.registry.hub import download_config
+    from prior_hub.registry.download import download_config
 
     path = Path(arguments.prior).expanduser()
     if path.is_dir():

@@ -22,7 +22,7 @@ from prior_hub.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from prior_hub.registry.hub import PushPlan, PushResult
+    from prior_hub.registry.upload import PushPlan, PushResult
 
 __all__ = ["add_commands", "allow_incomplete_argument", "publish"]
 
@@ -173,7 +173,7 @@ def pictures_of(folder: Path, wanted: bool = True) -> Iterator[tuple[dict[Path, 
         yield None, _NO_PICTURES
         return
     from prior_hub.model import PriorModel
-    from prior_hub.registry.hub import push_folder
+    from prior_hub.registry.upload import push_folder
 
     with push_folder(10**6) as place:  # pictures are small; what a killed process leaves is removed by the next push
         try:
@@ -223,7 +223,7 @@ def publish(folder: Path, repo_id: str, *, pictures: bool = True, **arguments: A
 def _push(arguments: argparse.Namespace) -> int:
     from prior_hub.model import push_prior_to_hub
     from prior_hub.priors.storage import read_config
-    from prior_hub.registry.hub import PushOptions
+    from prior_hub.registry.upload import PushOptions
 
     options: dict[str, Any] = {
         "revision": arguments.revision,

@@ -24,7 +24,7 @@ from prior_hub.priors.diagnosis import Diagnosis
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, WEIGHTS_NAME, leads_out
 from prior_hub.registry.card import BEGIN, END, card_metadata, read_card, render_card, split_card
-from prior_hub.registry.hub import _api, _explained, _join
+from prior_hub.registry.client import explained, hub_client, join
 
 __all__ = [
     "Finding",
@@ -276,21 +276,21 @@ def hub_state(
     Raises:
         PriorNotFoundError, PriorAccessError, PriorConnectionError: as `download_prior`.
     """
-    api = _api(token)
-    with _explained(repo_id, commit, subfolder):
+    api = hub_client(token)
+    with explained(repo_id, commit, subfolder):
         info = api.model_info(repo_id, revision=commit)
         tags = [ref.name for ref in api.list_repo_refs(repo_id).tags if ref.target_commit == commit]
-    prefix = _join(subfolder, "")
+    prefix = join(subfolder, "")
     paths = [sibling.rfilename for sibling in info.siblings or []]
     files = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     text = problem = None
     if CARD_NAME in files:
-        with _explained(repo_id, commit, subfolder):
+        with explained(repo_id, commit, subfolder):
             path = Path(api.hf_hub_download(repo_id, prefix + CARD_NAME, revision=commit))
         try:
             text = read_card(path)
             split_card(text)  # bounded, before the client reads it
-            with _explained(repo_id, commit, subfolder), warnings.catch_warnings():
+            with explained(repo_id, commit, subfolder), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of empty metadata, which `audit_card` finds
                 api._validate_yaml(text, repo_type="model")  # ModelCard.validate asks huggingface.co whatever the endpoint is
         except PriorFormatError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prior_hub.registry.hub import _api, _explained
+from prior_hub.registry.client import explained, hub_client
 
 __all__ = ["add_to_collection"]
 
@@ -34,8 +34,8 @@ def add_to_collection(
         PriorHubError: no such collection, or the Hub does not accept it.
         PriorConnectionError: the Hub cannot be reached or fails.
     """
-    api = _api(token)
-    with _explained(repo_id, None, None):
+    api = hub_client(token)
+    with explained(repo_id, None, None):
         slug = collection
         if "/" not in collection:
             owner = repo_id.split("/")[0]

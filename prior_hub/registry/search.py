@@ -47,7 +47,8 @@ from prior_hub.priors.config import CONFIG_NAME, MAX_CONFIG_BYTES, PriorConfig, 
 from prior_hub.priors.matching import Match
 from prior_hub.priors.tensor_files import side_by_side
 from prior_hub.registry.card import METADATA_KEY, architecture_tag
-from prior_hub.registry.hub import LIBRARY_NAME, _api, _explained, _join, download_config
+from prior_hub.registry.client import LIBRARY_NAME, explained, hub_client, join
+from prior_hub.registry.download import download_config
 
 __all__ = ["PriorFit", "PriorInfo", "list_priors", "prior_info", "priors_for", "search_priors"]
 
@@ -299,10 +300,10 @@ def prior_info(
     config, commit = download_config(repo_id, revision=revision, subfolder=subfolder, **options)
     row: dict[str, Any] = {}
     if not local_files_only:
-        with contextlib.suppress(PriorConnectionError), _explained(repo_id, revision, subfolder):
+        with contextlib.suppress(PriorConnectionError), explained(repo_id, revision, subfolder):
             # not the card: what it says of the prior is in the configuration, and the client cannot read every card
             asked: Any = ["author", "downloads", "gated", "lastModified", "likes", "private", "sha", "tags"]
-            answer = _api(token).model_info(repo_id, revision=commit, expand=asked)
+            answer = hub_client(token).model_info(repo_id, revision=commit, expand=asked)
             row = {key: getattr(answer, key, None) for key in ("downloads", "likes", "private", "gated", "tags")}
             row["lastModified"] = answer.last_modified
     known = _info({"id": repo_id, **row}, (subfolder or "").strip("/") or None, {}, {})
@@ -328,7 +329,7 @@ def _priors(
     if sort is not None:
         params["sort"] = _SORTS[sort]
     headers = build_hf_headers(token=token, library_name=LIBRARY_NAME, library_version=__version__)
-    rows = iter(paginate(f"{_api(token).endpoint}/api/models", params=params, headers=headers))
+    rows = iter(paginate(f"{hub_client(token).endpoint}/api/models", params=params, headers=headers))
     while True:
         with _asking():
             row = next(rows, None)
@@ -340,7 +341,7 @@ def _priors(
 @contextlib.contextmanager
 def _asking() -> Iterator[None]:
     try:
-        with _explained(_LISTING, None, None):
+        with explained(_LISTING, None, None):
             yield
     except PriorConnectionError as error:
         if isinstance(error.__cause__, OfflineModeIsEnabled):
@@ -600,15 +601,15 @@ class _Fitting:
 
 def _config_or_error(info: PriorInfo, token: str | bool | None, cache_dir: str | Path | None) -> PriorConfig | PriorHubError:
     """The configuration of a stranger's prior: none is downloaded that is larger than a configuration may be."""
-    path = _join(info.subfolder, CONFIG_NAME)
+    path = join(info.subfolder, CONFIG_NAME)
     try:
         cached = None
         if info.commit_hash:
             folder = cache_dir or constants.HF_HUB_CACHE
             cached = try_to_load_from_cache(info.repo_id, path, cache_dir=folder, revision=info.commit_hash)
         if not isinstance(cached, str):
-            with _explained(info.repo_id, info.commit_hash, info.subfolder):
-                listed = _api(token).get_paths_info(info.repo_id, path, revision=info.commit_hash)
+            with explained(info.repo_id, info.commit_hash, info.subfolder):
+                listed = hub_client(token).get_paths_info(info.repo_id, path, revision=info.commit_hash)
             size = max((item.size for item in listed if isinstance(item, RepoFile)), default=0)
             if size > MAX_CONFIG_BYTES:
                 raise PriorFormatError(f"its {CONFIG_NAME} has {size} bytes, more than the {MAX_CONFIG_BYTES} one may have.")

@@ -1,31 +1,21 @@
-"""Priors on the Hub, over the real `huggingface_hub` client.
+"""Priors pushed to the Hub: one commit, or none.
 
-What the client does well (cache, resuming, retries, locks, ETags) is used as it is. Added here: the revision is resolved
-once and every file taken from that commit; one `create_commit` per push, with the parent commit, and after a lost answer
-the head is compared before anything is tried again; requests that the client gives up at once, or waits for without end, are
-repeated and bounded (`_Api`, `_bounded`); errors that say what to do.
+One `create_commit` per push, with the parent commit; after a lost answer the head is compared before anything is tried again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
-import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -41,18 +31,12 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import GitRefs, RepoFile, RepoUrl
+from huggingface_hub.hf_api import RepoFile
 
-from prior_hub import __version__
 from prior_hub.errors import (
-    PriorAccessError,
     PriorConnectionError,
     PriorFormatError,
     PriorHubError,
@@ -60,8 +44,7 @@ from prior_hub.errors import (
     PriorStorageError,
 )
 from prior_hub.priors.config import CONFIG_NAME, PriorConfig, check_weight_file_name
-from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, file_sha256, prior_files, read_bounded, read_config
-from prior_hub.priors.tensor_files import side_by_side
+from prior_hub.priors.storage import CARD_NAME, INDEX_NAME, prior_files, read_bounded, read_config
 from prior_hub.registry.card import (
     PICTURES,
     card_pictures,
@@ -71,9 +54,9 @@ from prior_hub.registry.card import (
     render_card,
     update_card,
 )
+from prior_hub.registry.client import DISK_SAYS_NO, TRIES, bounded, digest, explained, first_line, hub_client, join, pause
 from prior_hub.registry.completeness import check_complete, completed, missing_in, refuse_tokens
 from prior_hub.registry.evaluation import Evaluation, eval_results
-from prior_hub.registry.tokens import discreet, remember
 from prior_hub.registry.versions import Version, new_versions
 
 _fcntl: ModuleType | None
@@ -82,50 +65,10 @@ try:
 except ImportError:  # Windows
     _fcntl = None
 
-try:
-    from huggingface_hub.errors import RevisionResolutionError
-except ImportError:  # pragma: no cover - name of later clients
 
-    class RevisionResolutionError(Exception):  # type: ignore[no-redef]
-        """Never raised by this client."""
+__all__ = ["PlannedFile", "PushOptions", "PushPlan", "PushResult", "plan_push", "push_folder", "scratch_folder", "upload_prior"]
 
-
-__all__ = [
-    "LIBRARY_NAME",
-    "DownloadedPrior",
-    "PlannedFile",
-    "PushOptions",
-    "PushPlan",
-    "PushResult",
-    "download_config",
-    "download_legacy",
-    "download_prior",
-    "plan_push",
-    "push_folder",
-    "scratch_folder",
-    "upload_prior",
-]
-
-_T = TypeVar("_T")
-
-LIBRARY_NAME = "prior-hub"
 _LARGE_PUSH = 256_000_000  # bytes
-_DOWNLOADS = 8  # files at a time
-_DISK_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on the Hub
-_TRIES = 3
-_WAIT = 1.0  # seconds before the second try; twice that before the third
-_PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
-_TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
-
-
-@dataclass(frozen=True)
-class DownloadedPrior:
-    """A prior's files in the client's cache: the folder, and the commit all of them are from."""
-
-    folder: Path
-    repo_id: str
-    commit_hash: str
 
 
 @dataclass(frozen=True)
@@ -138,263 +81,6 @@ class PushResult:
     pull_request_url: str | None = None
     tag: str | None = None
     collection_url: str | None = None
-
-
-class _Api(HfApi):
-    """The client, with the patience that it has for files only.
-
-    Requests that may be repeated without harm are, when the Hub or the connection fails. The description of a repository is
-    waited for as long as that of a file (HF_HUB_ETAG_TIMEOUT), not for ever. A small file whose content is not what its name in
-    the cache says is downloaded once more: the client compares sizes only.
-    """
-
-    def repo_info(self, *args: Any, repo_type: str | None = None, **options: Any) -> ModelInfo:
-        """What resolve_revision asks, which has the cache to fall back on: not repeated."""
-        del repo_type
-        return super().model_info(*args, **options | {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT})
-
-    def resolve_revision(self, *args: Any, **options: Any) -> Any:
-        return _patiently(super().resolve_revision, *args, **options)
-
-    def model_info(self, *args: Any, **options: Any) -> ModelInfo:
-        return _patiently(self.repo_info, *args, **options)
-
-    def list_repo_refs(self, *args: Any, **options: Any) -> GitRefs:
-        return _patiently(super().list_repo_refs, *args, **options)
-
-    def get_paths_info(self, *args: Any, **options: Any) -> Any:
-        return _patiently(super().get_paths_info, *args, **options)
-
-    def update_repo_settings(self, *args: Any, **options: Any) -> None:
-        _patiently(super().update_repo_settings, *args, **options)
-
-    def create_tag(self, *args: Any, **options: Any) -> None:
-        _patiently(super().create_tag, *args, **options)  # one that is there already is a conflict: see `_tag`
-
-    def create_repo(self, *args: Any, exist_ok: bool = False, **options: Any) -> RepoUrl:
-        call = partial(super().create_repo, *args, exist_ok=exist_ok, **options)
-        return _patiently(call) if exist_ok else call()
-
-    def create_branch(self, *args: Any, exist_ok: bool = False, **options: Any) -> None:
-        call = partial(super().create_branch, *args, exist_ok=exist_ok, **options)
-        _patiently(call) if exist_ok else call()
-
-    def hf_hub_download(self, *args: Any, **options: Any) -> Any:
-        path = _patiently(super().hf_hub_download, *args, **options)
-        if options.get("local_files_only") or _is_what_its_name_says(Path(path)):
-            return path
-        return _patiently(super().hf_hub_download, *args, **options | {"force_download": True})
-
-
-def _patiently(call: Callable[..., _T], *args: Any, **options: Any) -> _T:
-    """The result of a call that may be repeated, which it is while the Hub or the connection fails, `_TRIES` times in all."""
-    for attempt in range(1, _TRIES):
-        try:
-            return call(*args, **options)
-        except Exception as error:
-            if not _may_pass(error):
-                raise
-            time.sleep(_pause(error, attempt))
-    return call(*args, **options)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed in a moment; not if the client has tried it for long already, or is offline."""
-    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, OfflineModeIsEnabled):
-        return False
-    try:
-        with _explained("", None, None):
-            raise error
-    except PriorConnectionError:
-        return not isinstance(error, OfflineModeIsEnabled)
-    except Exception:  # noqa: BLE001
-        return False
-
-
-def _pause(error: BaseException | None, attempt: int) -> float:
-    """Seconds until the next try: what the Hub asks for (up to a minute), or 1, 2, ..."""
-    response = getattr(error, "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(asked), 60.0) if asked.isdigit() else _WAIT * attempt
-
-
-def _is_what_its_name_says(path: Path) -> bool:
-    """Whether a cached file has the content its name in the cache promises; True where the name says nothing of it.
-
-    Small files are named by their ETag, on the Hub git's sha1; a mirror may have one of its own.
-    """
-    blob = path.resolve()
-    if not re.fullmatch(r"[0-9a-f]{40}", blob.name) or blob.stat().st_size > _SMALL_FILE:
-        return True
-    content = blob.read_bytes()
-    return blob.name in (_digest(content, "sha1", f"blob {len(content)}\0".encode()), _digest(content, "sha1"))
-
-
-def _api(token: str | bool | None) -> HfApi:
-    remember(token)
-    return _Api(token=token, library_name=LIBRARY_NAME, library_version=__version__)
-
-
-_bounded_lock = threading.Lock()
-_bounded_sessions: list[Any] = []
-_bounded_depth = 0
-
-
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    """Meanwhile the client's requests that have no time-out of their own get one: a silent Hub fails instead of hanging a push.
-
-    A session of the client that has a time-out already keeps it. It is the session of the process, and is put back.
-    """
-    global _bounded_depth
-    with _bounded_lock:
-        _bounded_depth += 1
-        session = get_session()
-        if session.timeout.read is None:
-            session.timeout = float(os.environ.get("PRIOR_HUB_TIMEOUT") or _PATIENCE)
-            _bounded_sessions.append(session)
-    try:
-        yield
-    finally:
-        with _bounded_lock:
-            _bounded_depth -= 1
-            while not _bounded_depth and _bounded_sessions:
-                _bounded_sessions.pop().timeout = None
-
-
-# ----------------------------------------------------------------------------------------------------------- downloads
-
-
-def download_prior(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    repair: bool = False,
-    check: Callable[[PriorConfig], object] | None = None,
-) -> DownloadedPrior:
-    """Bring a prior's configuration and weights into the client's cache, all from one commit.
-
-    Args:
-        repo_id: "organisation/name".
-        revision: branch, tag or commit.
-        subfolder: folder inside the repository.
-        token: an access token; the logged-in one when None, none when False.
-        cache_dir: where downloads are kept.
-        local_files_only: use the cache only.
-        force_download: download everything again.
-        repair: download again what is damaged: the configuration, and the weight files that have not its hashes.
-        check: called with the configuration before any weights are asked for; what it raises ends the download.
-
-    Raises:
-        PriorNotFoundError: no such repository, revision or sub-folder, or no prior there, or not in the cache.
-        PriorAccessError: the token is wrong or not enough.
-        PriorConnectionError: the Hub cannot be reached or fails, and nothing is cached.
-        PriorFormatError: the configuration is not one.
-    """
-    api = _api(token)
-    again = force_download or repair
-    config_path, commit = _download_config(api, repo_id, revision, subfolder, cache_dir, local_files_only, again)
-    config = PriorConfig.from_json(read_bounded(config_path), where=f"{CONFIG_NAME} of {repo_id}")
-    if check is not None:
-        check(config)
-    names = [*config.weight_files, *([INDEX_NAME] if len(config.weight_files) > 1 else [])]
-
-    def fetch(name: str) -> None:
-        path = config_path.parent / name
-        damaged = repair and not (path.is_file() and config.weight_files.get(name) == file_sha256(path))
-        with _explained(repo_id, revision, subfolder):
-            api.hf_hub_download(
-                repo_id,
-                _join(subfolder, name),
-                revision=commit,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download or damaged,
-            )
-
-    side_by_side([partial(fetch, name) for name in names], _DOWNLOADS)  # as many as the client's snapshot_download
-    return DownloadedPrior(config_path.parent, repo_id, str(commit))
-
-
-def download_legacy(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> DownloadedPrior:
-    """Bring other people's prior files (`*.pt`, `*.pth`, `*.tar` at the top of a repository) into the cache, from one commit.
-
-    Raises:
-        PriorNotFoundError: no such repository or revision, or no such file in it or in the cache.
-        PriorAccessError, PriorConnectionError: as `download_prior`.
-    """
-    api = _api(token)
-    with _explained(repo_id, revision, None):
-        resolved = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        folder = api.snapshot_download(
-            repo_id,
-            revision=resolved,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=["*.pt", "*.pth", "*.tar"],
-            ignore_patterns=["*/*"],
-        )
-    if not any(path.suffix in (".pt", ".pth", ".tar") for path in Path(folder).glob("*")):  # the folder may not even be made
-        raise PriorNotFoundError(
-            f"{repo_id} has no *.pt, *.pth or *.tar file: nothing to import. Is it a prior already? Pull it."
-        )
-    return DownloadedPrior(Path(folder), repo_id, str(resolved.resolved))
-
-
-def download_config(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> tuple[PriorConfig, str]:
-    """The configuration of a prior on the Hub and its commit; no weights are downloaded. Errors as `download_prior`."""
-    path, commit = _download_config(_api(token), repo_id, revision, subfolder, cache_dir, local_files_only, False)
-    return PriorConfig.from_json(read_bounded(path), where=f"{CONFIG_NAME} of {repo_id}"), str(commit)
-
-
-def _download_config(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    subfolder: str | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-    force_download: bool,
-) -> tuple[Path, str]:
-    with _explained(repo_id, revision, subfolder):
-        commit = api.resolve_revision(
-            repo_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        path = api.hf_hub_download(
-            repo_id,
-            _join(subfolder, CONFIG_NAME),
-            revision=commit,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-    return Path(path), commit.resolved  # its string value is the name asked for, `resolved` the hash
-
-
-# ------------------------------------------------------------------------------------------------------------- uploads
 
 
 def scratch_folder(size: int) -> Path | None:
@@ -431,7 +117,7 @@ def push_folder(size: int) -> Iterator[Path]:
         (inner := folder / "prior").mkdir()
         yield inner
     except OSError as error:
-        if error.errno not in _DISK_SAYS_NO or isinstance(error, PriorHubError):
+        if error.errno not in DISK_SAYS_NO or isinstance(error, PriorHubError):
             raise
         raise PriorStorageError(
             error.errno,
@@ -594,11 +280,11 @@ class _Push:
         stored = read_config(folder)
         config = options.config(stored)
         sub = options.subfolder
-        files: dict[str, Path | bytes] = {_join(sub, path.name): path for path in prior_files(folder, stored)}
+        files: dict[str, Path | bytes] = {join(sub, path.name): path for path in prior_files(folder, stored)}
         if config != stored:
-            files[_join(sub, CONFIG_NAME)] = config.to_json().encode()
+            files[join(sub, CONFIG_NAME)] = config.to_json().encode()
         for path in options.pictures or {}:
-            files[_join(sub, f"{PICTURES}/{Path(path).name}")] = Path(path)
+            files[join(sub, f"{PICTURES}/{Path(path).name}")] = Path(path)
             if not Path(path).is_file():
                 raise PriorNotFoundError(f"{os.fspath(path)} is not there: nothing was sent. pictures= takes paths of files.")
         results = eval_results(options.evaluation, dataset=options.evaluation_dataset, task=options.evaluation_task)
@@ -611,7 +297,7 @@ class _Push:
 
     def card(self, there: str | None, repo_id: str, versions: Sequence[Version], previous: PriorConfig | None = None) -> str:
         """The card to push: rendered anew, with a person's text of the folder's card and of the one that is there."""
-        path = self.files.get(_join(self.options.subfolder, CARD_NAME))
+        path = self.files.get(join(self.options.subfolder, CARD_NAME))
         rendered = render_card(
             self.config,
             repo_id=repo_id,
@@ -628,7 +314,7 @@ class _Push:
         )
 
 
-@_bounded()
+@bounded()
 def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushResult:
     """Push a prior's folder in one commit; creates the repository if it is missing.
 
@@ -652,8 +338,8 @@ def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any)
     """
     options = PushOptions(**arguments)
     push = _Push.of(folder, options)
-    api, tag, branch = _api(options.token), options.tag, options.branch
-    with _explained(repo_id, options.revision, options.subfolder):
+    api, tag, branch = hub_client(options.token), options.tag, options.branch
+    with explained(repo_id, options.revision, options.subfolder):
         name: str = api.create_repo(
             repo_id,
             private=options.private,
@@ -683,7 +369,7 @@ _IS_PUBLIC = (
 _HAS_TAG = "{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it."
 
 
-@_bounded()
+@bounded()
 def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) -> PushPlan:
     """What `upload_prior` would do with these arguments. The Hub is asked, and nothing of it is changed.
 
@@ -693,9 +379,9 @@ def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) ->
     options = PushOptions(**arguments)
     push = _Push.of(folder, replace(options, allow_incomplete=True))
     missing = tuple(missing_in(push.config).values())
-    api, branch, sub = _api(options.token), options.branch, options.subfolder
+    api, branch, sub = hub_client(options.token), options.branch, options.subfolder
     problems = [] if options.allow_incomplete else list(missing)
-    with _explained(repo_id, options.revision, sub):
+    with explained(repo_id, options.revision, sub):
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         info = _info_if_there(api, name, branch)
         remote = {sibling.rfilename for sibling in info.siblings or []} if info else set()
@@ -710,7 +396,7 @@ def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) ->
                 if not options.create_pr:
                     problems += _may_write(api, name)
         found = _paths_info(api, name, [*contents, *stale], head) if head else {}
-        card = contents[_join(sub, CARD_NAME)]
+        card = contents[join(sub, CARD_NAME)]
         assert isinstance(card, bytes)  # noqa: S101
         problems += [f"the model card: {problem}." for problem in _card_problems(api, card.decode())]
     files = []
@@ -755,7 +441,7 @@ def _may_write(api: HfApi, repo_id: str) -> list[str]:
     except HfHubHTTPError as error:
         if getattr(error.response, "status_code", None) not in (401, 403):
             raise
-        return [f"this token may not write to {repo_id}: {_first_line(error)}"]
+        return [f"this token may not write to {repo_id}: {first_line(error)}"]
     return []
 
 
@@ -771,12 +457,12 @@ def _card_problems(api: HfApi, text: str) -> list[str]:
 
 def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     try:
-        with _explained(repo_id, None, None):
+        with explained(repo_id, None, None):
             api.create_tag(repo_id, tag=tag, revision=commit)
             if _tagged(api, repo_id, tag) != commit:  # the client does not read the answer
                 raise PriorConnectionError("what answered is not the Hub. Try again.")
     except PriorHubError as error:
-        with contextlib.suppress(PriorHubError), _explained(repo_id, None, None):
+        with contextlib.suppress(PriorHubError), explained(repo_id, None, None):
             if _tagged(api, repo_id, tag) == commit:
                 return  # only the answer was lost, this time or the last
         raise type(error)(f"The prior was pushed to {repo_id} as {commit[:8]}, but not tagged {tag!r}: {error}") from error
@@ -791,7 +477,7 @@ def _may_be_tagged(api: HfApi, repo_id: str, push: _Push) -> bool:
     if there not in [ref.target_commit for ref in refs.branches if ref.name == push.options.branch]:
         return False
     with contextlib.suppress(EntryNotFoundError, PriorFormatError):
-        path = _join(push.options.subfolder, CONFIG_NAME)
+        path = join(push.options.subfolder, CONFIG_NAME)
         data = read_bounded(Path(api.hf_hub_download(repo_id, path, revision=there)))
         return PriorConfig.from_json(data, where=f"{path} of {repo_id}") == push.config  # the hashes of the weights are in it
     return False
@@ -805,14 +491,14 @@ def _tagged(api: HfApi, repo_id: str, tag: str) -> str | None:
 def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
     branch, subfolder, create_pr = push.options.branch, push.options.subfolder, push.options.create_pr
     message = push.options.commit_message or f"Upload prior (rank {push.config.rank}) with prior_hub"
-    for attempt in range(1, _TRIES + 1):
-        with _explained(repo_id, branch, subfolder):
+    for attempt in range(1, TRIES + 1):
+        with explained(repo_id, branch, subfolder):
             info = api.model_info(repo_id, revision=branch)
             head = info.sha or ""
             remote = {sibling.rfilename for sibling in info.siblings or []}
             contents, stale, _ = _contents(api, repo_id, push, remote, head)
             opened = _pull_requests(api, repo_id) if create_pr else {}
-        card = contents[_join(subfolder, CARD_NAME)]
+        card = contents[join(subfolder, CARD_NAME)]
         problems = card_problems(card.decode()) if isinstance(card, bytes) else []
         if problems:
             raise PriorFormatError(
@@ -823,7 +509,7 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
         _check_hashes(push.config, operations)
         operations += [CommitOperationDelete(path) for path in sorted(stale)]
         try:
-            with _explained(repo_id, branch, subfolder):
+            with explained(repo_id, branch, subfolder):
                 commit = api.create_commit(
                     repo_id,
                     operations,
@@ -835,7 +521,7 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
                 )
         except PriorConnectionError as error:
             try:
-                with _explained(repo_id, branch, subfolder):
+                with explained(repo_id, branch, subfolder):
                     if create_pr:
                         now = head
                         for ref, oid in _pull_requests(api, repo_id).items():
@@ -856,12 +542,12 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
                     f"{head[:8]}. Nothing of this push landed. Look at the new commit, then push again."
                 ) from error
             late = _may_come_late(error.__cause__)
-            if late and (create_pr or attempt == _TRIES):  # a second pull request would not meet the parent commit's guard
+            if late and (create_pr or attempt == TRIES):  # a second pull request would not meet the parent commit's guard
                 what = "The pull request may still be opened" if create_pr else "This push may still land"
                 raise PriorConnectionError(f"{error} {what}: look at {repo_id} before pushing again.") from error
-            if attempt == _TRIES:
+            if attempt == TRIES:
                 raise PriorConnectionError(f"{error} Nothing of this push landed after {attempt} tries.") from error
-            time.sleep(_pause(error.__cause__, attempt))
+            pause(error.__cause__, attempt)
         else:
             return PushResult(repo_id, commit.commit_url, commit.oid, commit.pr_url)
     raise AssertionError("unreachable")
@@ -899,7 +585,7 @@ def _contents(
 ) -> tuple[dict[str, Path | bytes], set[str], str | None]:
     """(what to upload by path, paths to delete, the card that is there). The card is joined with the one that is there."""
     options, subfolder = push.options, push.options.subfolder
-    path, config_path = _join(subfolder, CARD_NAME), _join(subfolder, CONFIG_NAME)
+    path, config_path = join(subfolder, CARD_NAME), join(subfolder, CONFIG_NAME)
     there = previous = last = None
     if path in remote:
         there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
@@ -921,8 +607,8 @@ def _contents(
     card = push.card(there, repo_id, rows, previous)
     contents = {**push.files, path: card.encode()}
     stale = _stale(remote, contents, subfolder)
-    shown = {_join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(there or "")}
-    still = {_join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(card)}
+    shown = {join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(there or "")}
+    still = {join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(card)}
     return contents, stale | ((shown - still) & remote), there
 
 
@@ -931,7 +617,7 @@ def _stale(remote: set[str], files: Mapping[str, Path | bytes], subfolder: str |
     stale = set()
     for path in remote - files.keys():
         name = path.rsplit("/", 1)[-1]
-        if path != _join(subfolder, name):
+        if path != join(subfolder, name):
             continue
         try:
             check_weight_file_name(name)
@@ -959,135 +645,13 @@ def _is_file(item: RepoFile, content: Path | bytes) -> bool:
     if item.size != size:
         return False
     if item.lfs is not None:
-        return item.lfs.sha256 == _digest(content, "sha256")
-    return item.blob_id == _digest(content, "sha1", f"blob {size}\0".encode())
+        return item.lfs.sha256 == digest(content, "sha256")
+    return item.blob_id == digest(content, "sha1", f"blob {size}\0".encode())
 
 
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _digest(content: Path | bytes, kind: str, head: bytes = b"") -> str:
-    digest = hashlib.new(kind, head, usedforsecurity=False)
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def _commit_url(api: HfApi, repo_id: str, commit: str) -> str:
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
-
-
-def _join(subfolder: str | None, name: str) -> str:
-    folder = (subfolder or "").strip("/")
-    return f"{folder}/{name}" if folder else name
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-@contextlib.contextmanager
-def _explained(repo_id: str, revision: str | None, subfolder: str | None) -> Iterator[None]:
-    """Turn the client's errors into ours, which say what to do; anything else passes through."""
-    at = f"{repo_id!r}" + (f" at {revision!r}" if revision else "") + (f", folder {subfolder!r}" if subfolder else "")
-    try:
-        with discreet():
-            yield
-    except PriorHubError:
-        raise
-    except HFValidationError as error:
-        raise PriorNotFoundError(
-            f"{repo_id!r} is neither a local folder nor a name on the Hub ('organisation/name'): {error}"
-        ) from error
-    except GatedRepoError as error:
-        raise PriorAccessError(
-            f"{at} is gated: accept its terms on its page with the account the token belongs to, and log in "
-            "(`hf auth login`, HF_TOKEN or token=)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise PriorNotFoundError(
-            f"{at} does not exist on the Hub, or is private and this token cannot see it. Check the spelling; for a "
-            "private repository log in (`hf auth login`, HF_TOKEN or token=). A copy in the cache loads with local_files_only."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise PriorNotFoundError(f"{at}: the repository has no such branch, tag or commit. Check revision=.") from error
-    except LocalEntryNotFoundError as error:
-        why = _first_line(error.__cause__) if error.__cause__ else "offline, or local_files_only"
-        raise PriorConnectionError(
-            f"{at} is not in the local cache, and the Hub cannot be asked ({why.rstrip('.')}). Connect once, try again in a "
-            "while, or check cache_dir."
-        ) from error
-    except EntryNotFoundError as error:
-        raise PriorNotFoundError(
-            f"{at} holds no prior: there is no {CONFIG_NAME} (or a weight file it lists is missing). If the prior lies in "
-            "a folder of the repository, pass subfolder=."
-        ) from error
-    except (RevisionResolutionError, OfflineModeIsEnabled) as error:
-        raise PriorConnectionError(
-            f"{at} cannot be looked up: {_first_line(error)} Connect, try again in a while, or use a cached copy."
-        ) from error
-    except LocalTokenNotFoundError as error:
-        raise PriorAccessError(f"{at}: token=True was given, but nobody is logged in here (`hf auth login`).") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None) or 0
-        if status in (401, 403):
-            raise PriorAccessError(
-                f"the Hub refuses {at} ({status}): {_first_line(error)} Check the token and its role."
-            ) from error
-        if 400 <= status < 500 and status not in _TRY_AGAIN:
-            raise PriorHubError(
-                f"the Hub does not accept the request for {at} ({status}): {_first_line(error)} Check what was asked for."
-            ) from error
-        patience = "is asked too often" if status == 429 else "failed"
-        raise PriorConnectionError(
-            f"the Hub {patience} on {at} ({status}): {_first_line(error)} Try again in a while."
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise PriorConnectionError(
-            f"the Hub could not be reached for {at}: {_first_line(error)} Check the connection, then try again."
-        ) from error
-    except OSError as error:
-        if error.errno in _DISK_SAYS_NO:
-            raise PriorStorageError(
-                error.errno,
-                f"{os.strerror(error.errno)} while downloading {at}. Make room or give another cache (cache_dir=, HF_HOME), "
-                "then try again",
-                error.filename,
-            ) from error
-        if error.errno is not None:
-            raise
-        raise PriorConnectionError(f"the download of {at} broke off: {_first_line(error)} Try again.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PriorConnectionError(
-            f"what answered for {at} is not the Hub: no JSON ({error}). A proxy or a login page may stand in between."
-        ) from error
-    except ValueError as error:
-        if isinstance(error.__cause__, Exception) and "force" in str(error).lower():  # "Force download failed ..."
-            with _explained(repo_id, revision, subfolder):
-                raise error.__cause__ from None
-        if "Invalid metadata in README.md" not in str(error):
-            raise
-        raise PriorFormatError(
-            f"the Hub refuses the model card for {at}, nothing was pushed: {' '.join(str(error).split())}."
-        ) from error
-    except RuntimeError as error:  # hf_xet's
-        raise PriorConnectionError(f"the transfer for {at} failed: {_first_line(error)} Try again.") from error
-    except Exception as error:
-        # The client lets errors of its HTTP library through raw, and that library differs between its versions.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            raise
-        raise PriorConnectionError(
-            f"the connection to the Hub broke for {at}: {type(error).__name__}. Check the connection, then try again."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """What the Hub said, or else the first line of what the client says; without the signatures of signed addresses."""
-    said = getattr(error, "server_message", None) or str(error)
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1", lines[0]) if lines else type(error).__name__
-    return line.rstrip(".") + "."
