@@ -749,9 +749,22 @@ def as_markdown(result: Json) -> str:
     return text
 
 
+def joined(before: Json, now: Json) -> Json:
+    """An earlier result in which some operations were tried again."""
+    again = {row["operation"] for row in now["faults"]}
+    rows = [row for row in before["faults"] if row["operation"] not in again] + now["faults"]
+    return {
+        "faults": sorted(rows, key=lambda row: list(OPERATIONS).index(row["operation"])),
+        "requests": before["requests"] | now["requests"],
+        "scenarios": now["scenarios"] or before["scenarios"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", action="append", choices=list(OPERATIONS), help="these operations")
+    parser.add_argument(
+        "--only", action="append", choices=list(OPERATIONS), help="these operations; the file of --json keeps the others"
+    )
     parser.add_argument("--sample", type=int, help="so many faults, drawn at random but always the same")
     parser.add_argument("--every", action="store_true", help="every request with every kind")
     parser.add_argument(
@@ -771,6 +784,8 @@ def main() -> None:
         result = experiment(arguments.root, only, arguments.sample, arguments.every, arguments.scenarios, say)
     else:
         result = in_parts(arguments.parts, only, arguments.sample, arguments.every, arguments.scenarios)
+        if arguments.only and arguments.json and arguments.json.exists():
+            result = joined(json.loads(arguments.json.read_text()), result)
     if arguments.json:
         arguments.json.write_text(as_json(result))
     if arguments.markdown:

@@ -868,9 +868,13 @@ def _commit(api: HfApi, repo_id: str, push: _Push) -> PushResult:
 
 
 def _may_come_late(error: BaseException | None) -> bool:
-    """Whether the Hub, or a gateway in front of it, only took longer than somebody waited."""
+    """Whether it was the commit that the Hub, or a gateway in front of it, only took longer for than somebody waited."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status == 504 or type(error).__name__.endswith(("Timeout", "TimeoutError"))
+    if status != 504 and not type(error).__name__.endswith(("Timeout", "TimeoutError")):
+        return False
+    with contextlib.suppress(AttributeError, RuntimeError):  # an error without its request
+        return "/commit/" in str(error.request.url)  # type: ignore[union-attr]
+    return True
 
 
 def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
