@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# a process per core, at most 4, each with a Hub server of its own; WORKERS=0 runs tests one after another
+# a process per core, at most 4, each with a Hub server of its own and whole files of tests; WORKERS=0 runs tests one after another
 WORKERS ?= logical
-SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+SPREAD := --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
 .PHONY: help demo test test-slow test-all test-xet test-lowest lint docs docs-serve faults bench fuzz clean

