@@ -397,6 +397,17 @@ def test_a_folder_keeps_results_and_versions_when_its_prior_is_saved_again(tmp_p
 
 # ---------------------------------------------------------------------------------------------------------- versions
 @pytest.mark.hub
+def test_the_list_of_versions_and_the_pictures_are_known_in_a_card_that_was_saved_on_windows(tmp_path):
+    name = fresh_repo_id()
+    random_prior(seed=0).push_to_hub(name, tag="v1")
+    random_prior(seed=1).push_to_hub(name, tag="v2", pictures=picture(tmp_path))
+    commit(name, "README.md", b"\xef\xbb\xbf" + card(name).replace("\n", "\r\n").encode())
+    random_prior(seed=2).push_to_hub(name, tag="v3")
+    assert [row.version for row in card_versions(card(name))] == ["v3", "v2", "v1"]
+    assert "prior_pictures/spectrum.png" not in tree(name)  # it was of the other prior
+
+
+@pytest.mark.hub
 def test_the_list_of_versions_grows_with_each_push_and_names_the_commits():
     name = random_prior().push_to_hub(fresh_repo_id(), tag="v1.0").repo_id
     second = random_prior(seed=1, rank=5).push_to_hub(name, commit_message="twice | the snapshots").commit_hash

@@ -238,7 +238,7 @@ def update_card(
     if not existing:
         return rendered
     newline = "\r\n" if "\r\n" in existing else "\n"
-    existing, rendered = (text.replace("\r\n", "\n").removeprefix("\ufeff") for text in (existing, rendered))
+    existing, rendered = map(_with_one_newline, (existing, rendered))
     new_data, new_body = split_card(rendered)
     old_data, old_body = split_card(existing)
     outdated = card_metadata(previous) if previous is not None else {}
@@ -265,6 +265,11 @@ def update_card(
     metadata = _edited(text[1] if text else "", old_data, merged)
     body = _merged_body(old_body.lstrip("\n"), new_body)
     return f"---\n{metadata}---\n\n{body}".replace("\n", newline)
+
+
+def _with_one_newline(text: str) -> str:
+    """A card as it is looked through: an editor on Windows ends lines in its own way, and may begin with a mark."""
+    return text.replace("\r\n", "\n").removeprefix("\ufeff")
 
 
 def _renamed(rendered: str, load_line: str) -> str:
@@ -341,12 +346,12 @@ def _join_results(data: dict[str, Any], old: Any, new: Any, shown: str) -> None:
 
 def card_versions(text: str) -> list[Version]:
     """The rows of a card's list of versions, newest first."""
-    return read_versions(_part(split_card(text)[1], _VERSIONS))
+    return read_versions(_part(split_card(_with_one_newline(text))[1], _VERSIONS))
 
 
 def card_pictures(text: str) -> list[str]:
     """The names of the pictures that the rendered part of a card shows."""
-    shown = re.findall(rf"\]\({PICTURES}/([^)/]+)\)", _part(split_card(text)[1], _LOOKS))
+    shown = re.findall(rf"\]\({PICTURES}/([^)/]+)\)", _part(split_card(_with_one_newline(text))[1], _LOOKS))
     return [name for name in shown if _PICTURE.fullmatch(name)]
 
 
