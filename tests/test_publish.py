@@ -265,6 +265,22 @@ def test_a_dry_run_from_the_command_line(hub, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+def test_all_results_json_of_a_training_script_gives_the_evaluation_and_nothing_of_the_training():
+    """As `trainer.save_metrics("train", ...)` and `save_metrics("eval", ...)` write it."""
+    training = {"total_flos": 1e15, "train_loss": 0.1, "train_runtime": 3.0, "train_samples": 50, "train_steps_per_second": 1.0}
+    written = {"epoch": 3.0, "eval_accuracy": 0.9, "eval_loss": 0.3, "eval_samples": 10, **training}
+    for given in (written, {"metrics": written}):
+        found = eval_results(given, dataset="org/data", task="image-classification")
+        assert [(result.metric_type, result.metric_value) for result in found] == [("accuracy", 0.9), ("loss", 0.3)]
+    found = eval_results({"metrics": {"train_accuracy": 0.9}}, dataset="org/data", task="x")  # a person's own
+    assert [result.metric_type for result in found] == ["train_accuracy"]
+
+
+def test_a_metric_of_two_splits_is_refused_and_none_of_them_is_lost():
+    with pytest.raises(PriorMetadataError, match="gives accuracy twice"):
+        eval_results({"eval_accuracy": 0.9, "test_accuracy": 0.8}, dataset="org/data", task="x")
+
+
 def test_results_of_trainer_evaluate_become_the_hubs_and_say_nothing_of_run_times():
     expected = [
         EvalResult(

@@ -152,9 +152,14 @@ def test_a_session_of_the_user_keeps_the_time_outs_it_has_and_gets_back_those_it
     own = type(session.timeout)(None, connect=5.0)
     monkeypatch.setattr(session, "timeout", own)
     monkeypatch.setenv("PRIOR_HUB_TIMEOUT", "7")
-    with pytest.raises(KeyError), client.bounded(), client.bounded():
-        assert (session.timeout.connect, session.timeout.read, session.timeout.write) == (5, 7, 7)
-        raise KeyError
+
+    def fail() -> None:
+        with client.bounded(), client.bounded():
+            assert (session.timeout.connect, session.timeout.read, session.timeout.write) == (5, 7, 7)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert session.timeout == own
 
 
