@@ -269,8 +269,8 @@ def test_all_results_json_of_a_training_script_gives_the_evaluation_and_nothing_
     """As `trainer.save_metrics("train", ...)` and `save_metrics("eval", ...)` write it."""
     training = {"total_flos": 1e15, "train_loss": 0.1, "train_runtime": 3.0, "train_samples": 50, "train_steps_per_second": 1.0}
     written = {"epoch": 3.0, "eval_accuracy": 0.9, "eval_loss": 0.3, "eval_samples": 10, **training}
-    for given in (written, {"metrics": written}):
-        found = eval_results(given, dataset="org/data", task="image-classification")
+    for entry in (written, {"metrics": written}):
+        found = eval_results(entry, dataset="org/data", task="image-classification")
         assert [(result.metric_type, result.metric_value) for result in found] == [("accuracy", 0.9), ("loss", 0.3)]
     found = eval_results({"metrics": {"train_accuracy": 0.9}}, dataset="org/data", task="x")  # a person's own
     assert [result.metric_type for result in found] == ["train_accuracy"]
@@ -411,13 +411,51 @@ def test_a_folder_keeps_results_and_versions_when_its_prior_is_saved_again(tmp_p
     assert "model-index" not in split_card(path.read_text())[0]
 
 
+# ------------------------------------------------------------------------------------- a folder's text and the Hub's
+@pytest.mark.hub
+def test_what_was_edited_on_the_hub_stays_edited_when_the_same_folder_is_pushed_again(tmp_path):
+    name, path = fresh_repo_id(), tmp_path / "README.md"
+    random_prior().save_pretrained(tmp_path)
+    text = (
+        path.read_text()
+        .replace("\n---\n", "\nlanguage: en\npipeline_tag: x\n---\n", 1)
+        .replace("- prior\n", "- prior\n- mine\n")
+    )
+    path.write_text(text + "\n## Notes\n\nOf teh first run.\n\nTo be removed.\n")
+    push_prior_to_hub(tmp_path, name)
+    edited = card(name).replace("teh", "the").replace("To be removed.\n", "").replace("language: en", "language: de")
+    commit(name, "README.md", edited.replace("pipeline_tag: x\n", "").replace("- mine\n", "").encode())
+    there = card(name)
+    push_prior_to_hub(tmp_path, name)
+    assert card(name) == there
+    push_prior_to_hub(tmp_path, name, license="mit")
+    data, body = split_card(card(name))
+    assert (data["license"], data["language"], "pipeline_tag" in data, "mine" in data["tags"]) == ("mit", "de", False, False)
+    assert body.count("Notes") == body.count("of the first run".capitalize()) == 1
+    assert "teh" not in body
+    assert "removed" not in body
+
+
+@pytest.mark.hub
+def test_a_paragraph_added_in_the_folder_is_added_once_and_where_it_stands(tmp_path):
+    name, path = fresh_repo_id(), tmp_path / "README.md"
+    random_prior().save_pretrained(tmp_path)
+    path.write_text(path.read_text() + "\n## Notes\n\nOne.\n\n## More\n\nThree.\n")
+    push_prior_to_hub(tmp_path, name)
+    commit(name, "README.md", card(name).replace("Three.", "Three, of the Hub.").encode())
+    path.write_text(path.read_text().replace("One.\n", "One.\n\nTwo.\n"))
+    for _ in range(2):
+        push_prior_to_hub(tmp_path, name)
+        assert card(name).endswith("\n## Notes\n\nOne.\n\nTwo.\n\n## More\n\nThree, of the Hub.\n")
+
+
 # ---------------------------------------------------------------------------------------------------------- versions
 @pytest.mark.hub
 def test_the_list_of_versions_and_the_pictures_are_known_in_a_card_that_was_saved_on_windows(tmp_path):
     name = fresh_repo_id()
     random_prior(seed=0).push_to_hub(name, tag="v1")
     random_prior(seed=1).push_to_hub(name, tag="v2", pictures=picture(tmp_path))
-    commit(name, "README.md", b"\xef\xbb\xbf" + card(name).replace("\n", "\r\n").encode())
+    commit(name, "README.md", card(name).replace("\n", "\r\n").encode())
     random_prior(seed=2).push_to_hub(name, tag="v3")
     assert [row.version for row in card_versions(card(name))] == ["v3", "v2", "v1"]
     assert "prior_pictures/spectrum.png" not in tree(name)  # it was of the other prior

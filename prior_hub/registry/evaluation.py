@@ -90,8 +90,8 @@ def _from_dictionary(entry: Mapping[str, Any], dataset: str | None, task: str | 
     twice = sorted({_name(key) for key in measured if sum(_name(other) == _name(key) for other in measured) > 1} & found.keys())
     if twice:
         raise PriorMetadataError(
-            f"an evaluation result gives {', '.join(twice)} twice, as eval_ and as test_: give the one that counts, or a list of "
-            'two with a "split" each.'
+            f"an evaluation result gives {', '.join(twice)} twice, as eval_ and as test_: give the one that counts, or a "
+            'list of two with a "split" each.'
         )
     if not found:
         raise PriorMetadataError(f"an evaluation result has no metric, expected one like {_EXAMPLE}.")

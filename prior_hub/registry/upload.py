@@ -295,7 +295,14 @@ class _Push:
         refuse_tokens(texts, token)
         return push
 
-    def card(self, there: str | None, repo_id: str, versions: Sequence[Version], previous: PriorConfig | None = None) -> str:
+    def card(
+        self,
+        there: str | None,
+        repo_id: str,
+        versions: Sequence[Version],
+        previous: PriorConfig | None = None,
+        published: str | None = None,
+    ) -> str:
         """The card to push: rendered anew, with a person's text of the folder's card and of the one that is there."""
         path = self.files.get(join(self.options.subfolder, CARD_NAME))
         rendered = render_card(
@@ -310,7 +317,13 @@ class _Push:
         if isinstance(path, Path):
             rendered = update_card(read_card(path), rendered, previous=self.stored, config=self.stored)
         return update_card(
-            there, rendered, previous=previous, config=self.config, repo_id=repo_id, subfolder=self.options.subfolder
+            there,
+            rendered,
+            previous=previous,
+            config=self.config,
+            repo_id=repo_id,
+            subfolder=self.options.subfolder,
+            published=published,
         )
 
 
@@ -586,7 +599,7 @@ def _contents(
     """(what to upload by path, paths to delete, the card that is there). The card is joined with the one that is there."""
     options, subfolder = push.options, push.options.subfolder
     path, config_path = join(subfolder, CARD_NAME), join(subfolder, CONFIG_NAME)
-    there = previous = last = None
+    there = previous = last = published = None
     if path in remote:
         there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
     if config_path in remote:
@@ -595,6 +608,9 @@ def _contents(
             previous = PriorConfig.from_json(data, where=f"{config_path} of {repo_id}")
             commit = _paths_info(api, repo_id, [config_path], head, expand=True)[config_path].last_commit
             last = (commit.oid, f"{commit.date:%Y-%m-%d}") if commit is not None else None
+    if there is not None and last is not None and path in push.files:
+        with contextlib.suppress(EntryNotFoundError, PriorFormatError):  # the client has it, unless somebody committed since
+            published = read_card(Path(api.hf_hub_download(repo_id, path, revision=last[0])))
     rows = new_versions(
         card_versions(there or ""),
         push.config,
@@ -604,7 +620,7 @@ def _contents(
         tag=options.tag,
         message=options.commit_message,
     )
-    card = push.card(there, repo_id, rows, previous)
+    card = push.card(there, repo_id, rows, previous, published)
     contents = {**push.files, path: card.encode()}
     stale = _stale(remote, contents, subfolder)
     shown = {join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(there or "")}
