@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_fixtures import ALICE, ALICE_READ_ONLY, fresh_repo_id
+from hub_fixtures import ALICE, ALICE_READ_ONLY, BOB, fresh_repo_id
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, hf_hub_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -409,6 +409,40 @@ def test_a_folder_keeps_results_and_versions_when_its_prior_is_saved_again(tmp_p
     loaded.rescaled(7.0).save_pretrained(tmp_path)
     assert (card_versions(path.read_text()), "## Evaluation" in path.read_text()) == ([row], False)
     assert "model-index" not in split_card(path.read_text())[0]
+
+
+@pytest.mark.hub
+def test_a_dry_run_says_where_this_token_may_make_no_repository():
+    def problems(name: str, **arguments: Any) -> str:
+        return " ".join(push_prior_to_hub(random_prior(), name, dry_run=True, **arguments).problems)
+
+    assert problems(fresh_repo_id()) == problems("prior-hub/new") == problems("new") == ""
+    assert "is no member of 'bob'" in problems("bob/new")
+    assert "may only read" in problems(fresh_repo_id(), token=ALICE_READ_ONLY)
+    assert "nobody is logged in" in problems(fresh_repo_id(), token=False)
+    name = fresh_repo_id()
+    random_prior().push_to_hub(name)
+    assert "may only read" in problems(name, token=ALICE_READ_ONLY, create_pr=True)
+    assert problems(name, token=BOB, create_pr=True) == ""
+
+
+@pytest.mark.hub
+def test_a_repository_that_was_renamed_is_named_and_none_is_made_under_its_old_name(hub, monkeypatch):
+    new, old = fresh_repo_id(), fresh_repo_id()
+    random_prior().push_to_hub(new)
+    asked = HfApi.model_info  # the server of these tests sends nobody on
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **options: asked(self, new if name == old else name, **options))
+    hub.clear_log()
+    with pytest.raises(PriorHubError, match=f"{old} was renamed, it is {new} now; nothing was pushed"):
+        random_prior(seed=1).push_to_hub(old)
+    assert writes(hub) == []
+
+
+def test_two_pictures_of_one_name_are_refused_and_none_is_lost(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(PriorMetadataError, match="two files of the name spectrum"):
+        random_prior().push_to_hub("alice/x", pictures=picture(tmp_path / "a") | picture(tmp_path / "b"))
 
 
 # ------------------------------------------------------------------------------------- a folder's text and the Hub's
