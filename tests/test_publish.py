@@ -26,6 +26,7 @@ from prior_hub.registry.card import card_problems, card_versions, render_card, s
 from prior_hub.registry.collections import add_to_collection
 from prior_hub.registry.download import download_config
 from prior_hub.registry.evaluation import eval_results
+from prior_hub.registry.search import prior_info
 from prior_hub.registry.upload import PushPlan
 from prior_hub.registry.versions import Version, new_versions, read_versions, versions_table
 
@@ -436,6 +437,30 @@ def test_a_repository_that_was_renamed_is_named_and_none_is_made_under_its_old_n
     with pytest.raises(PriorHubError, match=f"{old} was renamed, it is {new} now; nothing was pushed"):
         random_prior(seed=1).push_to_hub(old)
     assert writes(hub) == []
+
+
+@pytest.mark.hub
+def test_a_prior_whose_card_the_client_cannot_read_is_loaded_all_the_same_and_a_push_says_what_to_correct(monkeypatch):
+    """`ModelCardData(**metadata)` is a TypeError for a key that is called self."""
+    name = fresh_repo_id()
+    random_prior().push_to_hub(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)  # as a commit by git, which the client does not check
+        commit(name, "README.md", card(name).replace("---\n", "---\nself: me\n", 1).encode())
+    assert_same(PriorModel.from_pretrained(name), random_prior())
+    assert prior_info(name).rank == 3
+    assert main(["check", name, "--strict"]) == 1
+    with pytest.raises(PriorFormatError, match="Correct the metadata"):
+        random_prior(seed=1).push_to_hub(name)
+
+
+@pytest.mark.hub
+def test_a_dry_run_of_what_is_no_folder_says_so_and_looks_for_no_prior_of_that_name_on_the_hub(hub, capsys):
+    hub.clear_log()
+    for more in ([], ["--dry-run"]):
+        assert main(["push", "alice/not-there", "alice/x", *more]) == 1
+        assert "alice/not-there is not a folder" in capsys.readouterr().err
+    assert hub.requests() == []
 
 
 def test_two_pictures_of_one_name_are_refused_and_none_is_lost(tmp_path):

@@ -79,6 +79,7 @@ _SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on
 TRIES = 3
 _WAIT = 1.0  # seconds before the second try; twice that before the third
 _PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
+_WITHOUT_CARD = ["gated", "lastModified", "private", "sha", "siblings", "tags"]
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
 
@@ -101,9 +102,18 @@ class HubClient(HfApi):
         _bound()
 
     def repo_info(self, *args: Any, repo_type: str | None = None, **options: Any) -> ModelInfo:
-        """What resolve_revision asks, which has the cache to fall back on: not repeated."""
+        """What resolve_revision asks, which has the cache to fall back on: not repeated.
+
+        Asked without the card if the client cannot read that: one with a key such as `self:` is a TypeError in every call.
+        """
         del repo_type
-        return super().model_info(*args, **options | {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT})
+        options |= {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT}
+        try:
+            return super().model_info(*args, **options)
+        except TypeError as error:
+            if "ModelCardData" not in str(error) or options.get("expand"):
+                raise
+        return super().model_info(*args, **options | {"expand": _WITHOUT_CARD, "files_metadata": False})
 
     def resolve_revision(self, *args: Any, **options: Any) -> Any:
         """The commit of a revision."""
