@@ -359,7 +359,7 @@ def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any)
     push = _Push.of(folder, options)
     api, tag, branch = hub_client(options.token), options.tag, options.branch
     with explained(repo_id, options.revision, options.subfolder):
-        if "/" in repo_id and (new_name := _new_name(_info_if_there(api, repo_id, "main"), repo_id)):
+        if "/" in repo_id and (new_name := _new_name(_info_if_there(api, repo_id, None), repo_id)):
             raise PriorHubError(_RENAMED.format(name=repo_id, new=new_name))
         name: str = api.create_repo(
             repo_id,
@@ -449,7 +449,7 @@ def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) ->
     )
 
 
-def _info_if_there(api: HfApi, repo_id: str, branch: str) -> ModelInfo | None:
+def _info_if_there(api: HfApi, repo_id: str, branch: str | None) -> ModelInfo | None:
     """The repository at the branch, or at main if there is no such branch yet; None if there is no repository."""
     try:
         return api.model_info(repo_id, revision=branch)
