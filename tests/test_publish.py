@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_fixtures import ALICE, ALICE_READ_ONLY, fresh_repo_id
+from hub_fixtures import ALICE, ALICE_READ_ONLY, BOB, fresh_repo_id
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, hf_hub_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from prior_hub.registry.card import card_problems, card_versions, render_card, s
 from prior_hub.registry.collections import add_to_collection
 from prior_hub.registry.download import download_config
 from prior_hub.registry.evaluation import eval_results
+from prior_hub.registry.search import prior_info
 from prior_hub.registry.upload import PushPlan
 from prior_hub.registry.versions import Version, new_versions, read_versions, versions_table
 
@@ -265,6 +266,22 @@ def test_a_dry_run_from_the_command_line(hub, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+def test_all_results_json_of_a_training_script_gives_the_evaluation_and_nothing_of_the_training():
+    """As `trainer.save_metrics("train", ...)` and `save_metrics("eval", ...)` write it."""
+    training = {"total_flos": 1e15, "train_loss": 0.1, "train_runtime": 3.0, "train_samples": 50, "train_steps_per_second": 1.0}
+    written = {"epoch": 3.0, "eval_accuracy": 0.9, "eval_loss": 0.3, "eval_samples": 10, **training}
+    for entry in (written, {"metrics": written}):
+        found = eval_results(entry, dataset="org/data", task="image-classification")
+        assert [(result.metric_type, result.metric_value) for result in found] == [("accuracy", 0.9), ("loss", 0.3)]
+    found = eval_results({"metrics": {"train_accuracy": 0.9}}, dataset="org/data", task="x")  # a person's own
+    assert [result.metric_type for result in found] == ["train_accuracy"]
+
+
+def test_a_metric_of_two_splits_is_refused_and_none_of_them_is_lost():
+    with pytest.raises(PriorMetadataError, match="gives accuracy twice"):
+        eval_results({"eval_accuracy": 0.9, "test_accuracy": 0.8}, dataset="org/data", task="x")
+
+
 def test_results_of_trainer_evaluate_become_the_hubs_and_say_nothing_of_run_times():
     expected = [
         EvalResult(
@@ -395,7 +412,114 @@ def test_a_folder_keeps_results_and_versions_when_its_prior_is_saved_again(tmp_p
     assert "model-index" not in split_card(path.read_text())[0]
 
 
+@pytest.mark.hub
+def test_a_dry_run_says_where_this_token_may_make_no_repository():
+    def problems(name: str, **arguments: Any) -> str:
+        return " ".join(push_prior_to_hub(random_prior(), name, dry_run=True, **arguments).problems)
+
+    assert problems(fresh_repo_id()) == problems("prior-hub/new") == problems("new") == ""
+    assert "is no member of 'bob'" in problems("bob/new")
+    assert "may only read" in problems(fresh_repo_id(), token=ALICE_READ_ONLY)
+    assert "nobody is logged in" in problems(fresh_repo_id(), token=False)
+    name = fresh_repo_id()
+    random_prior().push_to_hub(name)
+    assert "may only read" in problems(name, token=ALICE_READ_ONLY, create_pr=True)
+    assert problems(name, token=BOB, create_pr=True) == ""
+
+
+@pytest.mark.hub
+def test_a_repository_that_was_renamed_is_named_and_none_is_made_under_its_old_name(hub, monkeypatch):
+    new, old = fresh_repo_id(), fresh_repo_id()
+    random_prior().push_to_hub(new)
+    asked = HfApi.model_info  # the server of these tests sends nobody on
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **options: asked(self, new if name == old else name, **options))
+    hub.clear_log()
+    with pytest.raises(PriorHubError, match=f"{old} was renamed, it is {new} now; nothing was pushed"):
+        random_prior(seed=1).push_to_hub(old)
+    assert writes(hub) == []
+
+
+@pytest.mark.hub
+def test_a_prior_whose_card_the_client_cannot_read_is_loaded_all_the_same_and_a_push_says_what_to_correct(monkeypatch):
+    """`ModelCardData(**metadata)` is a TypeError for a key that is called self."""
+    name = fresh_repo_id()
+    random_prior().push_to_hub(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)  # as a commit by git, which the client does not check
+        commit(name, "README.md", card(name).replace("---\n", "---\nself: me\n", 1).encode())
+    assert_same(PriorModel.from_pretrained(name), random_prior())
+    assert prior_info(name).rank == 3
+    assert main(["check", name, "--strict"]) == 1
+    with pytest.raises(PriorFormatError, match="Correct the metadata"):
+        random_prior(seed=1).push_to_hub(name)
+
+
+@pytest.mark.hub
+def test_a_dry_run_of_what_is_no_folder_says_so_and_looks_for_no_prior_of_that_name_on_the_hub(hub, capsys):
+    hub.clear_log()
+    for more in ([], ["--dry-run"]):
+        assert main(["push", "alice/not-there", "alice/x", *more]) == 1
+        assert "alice/not-there is not a folder" in capsys.readouterr().err
+    assert hub.requests() == []
+
+
+def test_two_pictures_of_one_name_are_refused_and_none_is_lost(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(PriorMetadataError, match="two files of the name spectrum"):
+        random_prior().push_to_hub("alice/x", pictures=picture(tmp_path / "a") | picture(tmp_path / "b"))
+
+
+# ------------------------------------------------------------------------------------- a folder's text and the Hub's
+@pytest.mark.hub
+def test_what_was_edited_on_the_hub_stays_edited_when_the_same_folder_is_pushed_again(tmp_path):
+    name, path = fresh_repo_id(), tmp_path / "README.md"
+    random_prior().save_pretrained(tmp_path)
+    text = (
+        path.read_text()
+        .replace("\n---\n", "\nlanguage: en\npipeline_tag: x\n---\n", 1)
+        .replace("- prior\n", "- prior\n- mine\n")
+    )
+    path.write_text(text + "\n## Notes\n\nOf teh first run.\n\nTo be removed.\n")
+    push_prior_to_hub(tmp_path, name)
+    edited = card(name).replace("teh", "the").replace("To be removed.\n", "").replace("language: en", "language: de")
+    commit(name, "README.md", edited.replace("pipeline_tag: x\n", "").replace("- mine\n", "").encode())
+    there = card(name)
+    push_prior_to_hub(tmp_path, name)
+    assert card(name) == there
+    push_prior_to_hub(tmp_path, name, license="mit")
+    data, body = split_card(card(name))
+    assert (data["license"], data["language"], "pipeline_tag" in data, "mine" in data["tags"]) == ("mit", "de", False, False)
+    assert body.count("Notes") == body.count("of the first run".capitalize()) == 1
+    assert "teh" not in body
+    assert "removed" not in body
+
+
+@pytest.mark.hub
+def test_a_paragraph_added_in_the_folder_is_added_once_and_where_it_stands(tmp_path):
+    name, path = fresh_repo_id(), tmp_path / "README.md"
+    random_prior().save_pretrained(tmp_path)
+    path.write_text(path.read_text() + "\n## Notes\n\nOne.\n\n## More\n\nThree.\n")
+    push_prior_to_hub(tmp_path, name)
+    commit(name, "README.md", card(name).replace("Three.", "Three, of the Hub.").encode())
+    path.write_text(path.read_text().replace("One.\n", "One.\n\nTwo.\n"))
+    for _ in range(2):
+        push_prior_to_hub(tmp_path, name)
+        assert card(name).endswith("\n## Notes\n\nOne.\n\nTwo.\n\n## More\n\nThree, of the Hub.\n")
+
+
 # ---------------------------------------------------------------------------------------------------------- versions
+@pytest.mark.hub
+def test_the_list_of_versions_and_the_pictures_are_known_in_a_card_that_was_saved_on_windows(tmp_path):
+    name = fresh_repo_id()
+    random_prior(seed=0).push_to_hub(name, tag="v1")
+    random_prior(seed=1).push_to_hub(name, tag="v2", pictures=picture(tmp_path))
+    commit(name, "README.md", card(name).replace("\n", "\r\n").encode())
+    random_prior(seed=2).push_to_hub(name, tag="v3")
+    assert [row.version for row in card_versions(card(name))] == ["v3", "v2", "v1"]
+    assert "prior_pictures/spectrum.png" not in tree(name)  # it was of the other prior
+
+
 @pytest.mark.hub
 def test_the_list_of_versions_grows_with_each_push_and_names_the_commits():
     name = random_prior().push_to_hub(fresh_repo_id(), tag="v1.0").repo_id

@@ -17,7 +17,7 @@ import pytest
 from fault_scenarios import SCENARIOS
 from faults import ALLOWED, KINDS, OPERATIONS, PASSING, as_json, as_markdown
 from hub_fixtures import fresh_repo_id
-from huggingface_hub import HfApi, get_session, hf_hub_download
+from huggingface_hub import HfApi, close_session, get_session, hf_hub_download
 from priors_for_tests import assert_same, random_prior
 
 from prior_hub.errors import PriorConnectionError, PriorHubError, PriorStorageError
@@ -145,6 +145,52 @@ def test_a_silent_hub_ends_a_push_and_the_session_gets_its_own_time_out_back(hub
     hub.clear_faults()
     with client.bounded():
         assert session.timeout.read == 9
+
+
+def test_a_session_of_the_user_keeps_the_time_outs_it_has_and_gets_back_those_it_had_not(monkeypatch):
+    session = get_session()
+    own = type(session.timeout)(None, connect=5.0)
+    monkeypatch.setattr(session, "timeout", own)
+    monkeypatch.setenv("PRIOR_HUB_TIMEOUT", "7")
+
+    def fail() -> None:
+        with client.bounded(), client.bounded():
+            assert (session.timeout.connect, session.timeout.read, session.timeout.write) == (5, 7, 7)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert session.timeout == own
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_a_patience_that_is_no_time_is_refused_and_leaves_the_session_as_it_was(text, monkeypatch):
+    monkeypatch.setenv("PRIOR_HUB_TIMEOUT", text)
+    with pytest.raises(ValueError, match="PRIOR_HUB_TIMEOUT"):
+        random_prior().push_to_hub("alice/x")
+    monkeypatch.delenv("PRIOR_HUB_TIMEOUT")
+    with client.bounded():
+        assert get_session().timeout.read == 120
+    assert get_session().timeout.read is None
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("step", ["list_repo_refs", "preupload_lfs_files"])
+def test_a_session_that_the_client_makes_anew_during_a_push_is_bounded_too(hub, repo, waits, monkeypatch, step):
+    """The client closes its session when a connection is refused, as while a server starts again."""
+    monkeypatch.setenv("PRIOR_HUB_TIMEOUT", "0.8")
+    asked = getattr(HfApi, step)
+
+    def close(self, *args, **options):
+        found = asked(self, *args, **options)
+        close_session()
+        return found
+
+    monkeypatch.setattr(HfApi, step, close)
+    hub.add_fault("delay", seconds=3, path="/commit/", times=-1)
+    with pytest.raises(PriorConnectionError, match="Timeout"):  # without one it waits, and the push lands
+        random_prior(seed=1).push_to_hub(repo, tag="v9")
+    assert get_session().timeout.read is None
 
 
 @pytest.mark.hub

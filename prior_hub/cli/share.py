@@ -243,11 +243,12 @@ def _push(arguments: argparse.Namespace) -> int:
         "evaluation_task": arguments.evaluation_task,
         "compute": dict(arguments.compute) if arguments.compute else None,
     }
+    config = read_config(arguments.folder)  # a folder, whatever the Hub has of that name
     if arguments.dry_run:
         with pictures_of(arguments.folder, arguments.pictures) as (files, note):
             plan = push_prior_to_hub(arguments.folder, arguments.repo_id, dry_run=True, pictures=files, **options)
         return _show_plan(plan, arguments, note)
-    PushOptions(**options).config(read_config(arguments.folder))  # refused before pictures are drawn
+    PushOptions(**options).config(config)  # refused before pictures are drawn
     options["collection"] = arguments.collection
     result = publish(arguments.folder, arguments.repo_id, pictures=arguments.pictures, **options)
     if arguments.json:

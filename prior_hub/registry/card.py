@@ -7,6 +7,7 @@ replaced goes with it, and so do its evaluation results, pictures and compute; t
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,7 @@ def update_card(
     config: PriorConfig | None = None,
     repo_id: str | None = None,
     subfolder: str | None = None,
+    published: str | None = None,
 ) -> str:
     """Put a rendered card into an existing one, keeping what a person wrote.
 
@@ -232,15 +234,20 @@ def update_card(
             there stay only if it is known to describe the same Gaussian, and `rendered` has none of its own.
         repo_id: the name the how-to-use block loads.
         subfolder: added to that block.
+        published: the card as the last push left it. What `rendered` has in common with it has been seen by whoever edited
+            `existing` since: what they changed or took out stays so.
     """
     if repo_id:
         rendered = _renamed(rendered, _load_line(repo_id, subfolder))
     if not existing:
         return rendered
     newline = "\r\n" if "\r\n" in existing else "\n"
-    existing, rendered = (text.replace("\r\n", "\n").removeprefix("\ufeff") for text in (existing, rendered))
+    existing, rendered = map(_with_one_newline, (existing, rendered))
     new_data, new_body = split_card(rendered)
     old_data, old_body = split_card(existing)
+    seen_data, seen_body = _split_or_nothing(published)
+    fixed = card_metadata(config) if config is not None else {}
+    new_data = _not_seen(new_data, seen_data, fixed)
     outdated = card_metadata(previous) if previous is not None else {}
     ours = old_data.get("library_name") == _LIBRARY_NAME or not old_body.strip()
     stay = _parts_that_stay(old_body, new_body, same=_same_gaussian(previous, config))
@@ -263,8 +270,13 @@ def update_card(
             merged.pop(key, None)
     text = _METADATA.match(existing)
     metadata = _edited(text[1] if text else "", old_data, merged)
-    body = _merged_body(old_body.lstrip("\n"), new_body)
+    body = _merged_body(old_body.lstrip("\n"), new_body, seen_body)
     return f"---\n{metadata}---\n\n{body}".replace("\n", newline)
+
+
+def _with_one_newline(text: str) -> str:
+    """A card as it is looked through: an editor on Windows ends lines in its own way, and may begin with a mark."""
+    return text.replace("\r\n", "\n").removeprefix("\ufeff")
 
 
 def _renamed(rendered: str, load_line: str) -> str:
@@ -276,15 +288,51 @@ def _renamed(rendered: str, load_line: str) -> str:
     return rendered[: section.start()] + text + rendered[section.end() :]
 
 
-def _merged_body(old: str, new: str) -> str:
+def _split_or_nothing(text: str | None) -> tuple[dict[str, Any], str]:
+    try:
+        return split_card(_with_one_newline(text or ""))
+    except PriorFormatError:
+        return {}, ""
+
+
+def _not_seen(new: dict[str, Any], seen: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The new metadata without what is a person's and was published already; `fixed` are those of the configuration."""
+    left = {
+        key: value for key, value in new.items() if key in {*fixed, *_KEYS.values()} or key not in seen or seen[key] != value
+    }
+    for key in ("tags", "datasets"):
+        known = [value for value in _as_list(seen.get(key)) if value not in _as_list(fixed.get(key))]
+        if key in left and key in seen:
+            left[key] = [value for value in _as_list(left[key]) if value not in known]
+    return left
+
+
+def _merged_body(old: str, new: str, seen: str = "") -> str:
     """The old text with the new section in place of its own, or at its end; and what else the new text has."""
     place, section = _SECTION.search(old), _SECTION.search(new)
     before, middle, after = (new[: section.start()], section[0], new[section.end() :]) if section else ("", new.strip(), "")
-    pieces = [piece.strip() for piece in (before, middle, after)]
-    kept = [piece for i, piece in enumerate(pieces) if piece and (i == 1 or piece not in old)]
-    if place:
-        return old[: place.start()] + "\n\n".join(kept) + old[place.end() :]
-    return "\n\n".join([old.rstrip(), *kept] if old.strip() else kept) + "\n"
+    if not place:
+        kept = [piece.strip() for piece in (before, middle, after)]
+        kept = [piece for i, piece in enumerate(kept) if piece and (i == 1 or piece not in old)]
+        return "\n\n".join([old.rstrip(), *kept] if old.strip() else kept) + "\n"
+    first, last = old[: place.start()], old[place.end() :]
+    known = {paragraph for text in (old, seen) for paragraph in _paragraphs(text)}
+    return _with_paragraphs(first, before, known, "\n\n") + middle + _with_paragraphs(last, after, known, "\n")
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph.strip("\n") for paragraph in re.split(r"\n[ \t]*\n", text) if paragraph.strip()]
+
+
+def _with_paragraphs(old: str, new: str, known: set[str], end: str) -> str:
+    """The old text with the paragraphs of the new one that are not `known`, each after what it follows there."""
+    ours, theirs = _paragraphs(old), _paragraphs(new)
+    if known.issuperset(theirs):
+        return old
+    found: list[str] = []
+    for _, i, j, k, m in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        found += [*ours[i:j], *(paragraph for paragraph in theirs[k:m] if paragraph not in known)]
+    return ("\n\n" if end == "\n" else "") + "\n\n".join(found) + end
 
 
 def _same_gaussian(one: PriorConfig | None, other: PriorConfig | None) -> bool:
@@ -341,12 +389,12 @@ def _join_results(data: dict[str, Any], old: Any, new: Any, shown: str) -> None:
 
 def card_versions(text: str) -> list[Version]:
     """The rows of a card's list of versions, newest first."""
-    return read_versions(_part(split_card(text)[1], _VERSIONS))
+    return read_versions(_part(split_card(_with_one_newline(text))[1], _VERSIONS))
 
 
 def card_pictures(text: str) -> list[str]:
     """The names of the pictures that the rendered part of a card shows."""
-    shown = re.findall(rf"\]\({PICTURES}/([^)/]+)\)", _part(split_card(text)[1], _LOOKS))
+    shown = re.findall(rf"\]\({PICTURES}/([^)/]+)\)", _part(split_card(_with_one_newline(text))[1], _LOOKS))
     return [name for name in shown if _PICTURE.fullmatch(name)]
 
 

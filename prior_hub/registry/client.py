@@ -79,6 +79,7 @@ _SMALL_FILE = 10 * 2**20  # bytes; larger ones are never regular files of git on
 TRIES = 3
 _WAIT = 1.0  # seconds before the second try; twice that before the third
 _PATIENCE = 120.0  # seconds a push waits for any sign of the Hub; PRIOR_HUB_TIMEOUT says otherwise
+_WITHOUT_CARD = ["gated", "lastModified", "private", "sha", "siblings", "tags"]
 _TRY_AGAIN = (408, 409, 412, 425, 429)  # of the 4xx, those that say nothing against the request itself
 
 
@@ -90,10 +91,29 @@ class HubClient(HfApi):
     the cache says is downloaded once more: the client compares sizes only.
     """
 
+    def _build_hf_headers(self, *args: Any, **options: Any) -> dict[str, str]:
+        """What the client does before each request: by then it may have replaced its session, after a refused connection."""
+        _bound()
+        return super()._build_hf_headers(*args, **options)
+
+    def preupload_lfs_files(self, *args: Any, **options: Any) -> None:
+        """What `create_commit` does before it sends the commit, with headers that it made earlier."""
+        super().preupload_lfs_files(*args, **options)
+        _bound()
+
     def repo_info(self, *args: Any, repo_type: str | None = None, **options: Any) -> ModelInfo:
-        """What resolve_revision asks, which has the cache to fall back on: not repeated."""
+        """What resolve_revision asks, which has the cache to fall back on: not repeated.
+
+        Asked without the card if the client cannot read that: one with a key such as `self:` is a TypeError in every call.
+        """
         del repo_type
-        return super().model_info(*args, **options | {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT})
+        options |= {"timeout": options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT}
+        try:
+            return super().model_info(*args, **options)
+        except TypeError as error:
+            if "ModelCardData" not in str(error) or options.get("expand"):
+                raise
+        return super().model_info(*args, **options | {"expand": _WITHOUT_CARD, "files_metadata": False})
 
     def resolve_revision(self, *args: Any, **options: Any) -> Any:
         """The commit of a revision."""
@@ -188,7 +208,7 @@ def hub_client(token: str | bool | None) -> HfApi:
 
 
 _bounded_lock = threading.Lock()
-_bounded_sessions: list[Any] = []
+_bounded_sessions: list[tuple[Any, Any, Any]] = []  # a session, its time-out before, and meanwhile
 _bounded_depth = 0
 
 
@@ -197,21 +217,47 @@ def bounded() -> Iterator[None]:
     """Meanwhile the client's requests that have no time-out of their own get one: a silent Hub fails instead of hanging a push.
 
     A session of the client that has a time-out already keeps it. It is the session of the process, and is put back.
+
+    Raises:
+        ValueError: PRIOR_HUB_TIMEOUT is no number of seconds.
     """
     global _bounded_depth
+    _patience()
     with _bounded_lock:
         _bounded_depth += 1
-        session = get_session()
-        if session.timeout.read is None:
-            session.timeout = float(os.environ.get("PRIOR_HUB_TIMEOUT") or _PATIENCE)
-            _bounded_sessions.append(session)
     try:
+        _bound()
         yield
     finally:
         with _bounded_lock:
             _bounded_depth -= 1
             while not _bounded_depth and _bounded_sessions:
-                _bounded_sessions.pop().timeout = None
+                session, before, meanwhile = _bounded_sessions.pop()
+                if session.timeout == meanwhile:  # nobody else has set it
+                    session.timeout = before
+
+
+def _bound() -> None:
+    """Give the client's session a time-out where it has none, if a `bounded` block runs."""
+    with _bounded_lock:
+        session = get_session() if _bounded_depth else None
+        if session is None or session.timeout.read is not None:
+            return
+        before, patience = session.timeout, _patience()
+        limits = {kind: patience if seconds is None else seconds for kind, seconds in before.as_dict().items()}
+        session.timeout = meanwhile = type(before)(**limits)
+        _bounded_sessions.append((session, before, meanwhile))
+
+
+def _patience() -> float:
+    text = os.environ.get("PRIOR_HUB_TIMEOUT") or str(_PATIENCE)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"PRIOR_HUB_TIMEOUT is {text!r}, expected a number of seconds above 0, such as 120.")
+    return seconds
 
 
 def digest(content: Path | bytes, kind: str, head: bytes = b"") -> str:

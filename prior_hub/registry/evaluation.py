@@ -23,6 +23,8 @@ Evaluation = EvalResult | Mapping[str, Any] | Sequence[EvalResult | Mapping[str,
 
 _NO_METRICS = {"epoch", "step", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 _NO_METRICS |= {"jit_compilation_time", "num_input_tokens_seen", "samples", "mem_cpu_alloc_delta", "mem_gpu_alloc_delta"}
+_PREFIXES = ("eval_", "test_")
+_OF_TRAINING = ("train_", "total_flos")
 _DESCRIPTION = {"task", "task_name", "dataset", "dataset_name", "config", "split", "revision", "metrics"}
 _DESCRIPTION |= {"source_name", "source_url"}
 _EXAMPLE = '{"task": "image-classification", "dataset": "org/data", "metrics": {"accuracy": 0.91}}'
@@ -70,7 +72,7 @@ def _from_dictionary(entry: Mapping[str, Any], dataset: str | None, task: str | 
     known = {key: value for key, value in entry.items() if key in _DESCRIPTION}
     rest = {key: value for key, value in entry.items() if key not in _DESCRIPTION}
     metrics = known.pop("metrics", None)
-    if metrics is None and any(str(key).startswith(("eval_", "test_")) for key in rest):  # what trainer.evaluate() returns
+    if metrics is None and any(str(key).startswith(_PREFIXES) for key in rest):  # what trainer.evaluate() returns
         metrics, rest = rest, {}
     if rest:
         raise PriorMetadataError(f"an evaluation result has the keys {sorted(map(str, rest))}, expected one like {_EXAMPLE}.")
@@ -82,7 +84,15 @@ def _from_dictionary(entry: Mapping[str, Any], dataset: str | None, task: str | 
             f"expected one like {_EXAMPLE}; task and data set may also be given as evaluation_task= and evaluation_dataset= "
             "(--evaluation-task, --evaluation-dataset)."
         )
-    found = {_name(key): value for key, value in metrics.items() if _name(key) not in _NO_METRICS}
+    of_trainer = any(str(key).startswith(_PREFIXES) for key in metrics)
+    measured = [key for key in metrics if not (of_trainer and str(key).startswith(_OF_TRAINING))]  # all_results.json has both
+    found = {_name(key): metrics[key] for key in measured if _name(key) not in _NO_METRICS}
+    twice = sorted({_name(key) for key in measured if sum(_name(other) == _name(key) for other in measured) > 1} & found.keys())
+    if twice:
+        raise PriorMetadataError(
+            f"an evaluation result gives {', '.join(twice)} twice, as eval_ and as test_: give the one that counts, or a "
+            'list of two with a "split" each.'
+        )
     if not found:
         raise PriorMetadataError(f"an evaluation result has no metric, expected one like {_EXAMPLE}.")
     return [

@@ -40,6 +40,7 @@ from prior_hub.errors import (
     PriorConnectionError,
     PriorFormatError,
     PriorHubError,
+    PriorMetadataError,
     PriorNotFoundError,
     PriorStorageError,
 )
@@ -283,6 +284,11 @@ class _Push:
         files: dict[str, Path | bytes] = {join(sub, path.name): path for path in prior_files(folder, stored)}
         if config != stored:
             files[join(sub, CONFIG_NAME)] = config.to_json().encode()
+        names = [Path(path).name for path in options.pictures or {}]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise PriorMetadataError(
+                f"pictures= has two files of the name {twice[0]}, which would lie in one place: rename one."
+            )
         for path in options.pictures or {}:
             files[join(sub, f"{PICTURES}/{Path(path).name}")] = Path(path)
             if not Path(path).is_file():
@@ -295,7 +301,14 @@ class _Push:
         refuse_tokens(texts, token)
         return push
 
-    def card(self, there: str | None, repo_id: str, versions: Sequence[Version], previous: PriorConfig | None = None) -> str:
+    def card(
+        self,
+        there: str | None,
+        repo_id: str,
+        versions: Sequence[Version],
+        previous: PriorConfig | None = None,
+        published: str | None = None,
+    ) -> str:
         """The card to push: rendered anew, with a person's text of the folder's card and of the one that is there."""
         path = self.files.get(join(self.options.subfolder, CARD_NAME))
         rendered = render_card(
@@ -310,7 +323,13 @@ class _Push:
         if isinstance(path, Path):
             rendered = update_card(read_card(path), rendered, previous=self.stored, config=self.stored)
         return update_card(
-            there, rendered, previous=previous, config=self.config, repo_id=repo_id, subfolder=self.options.subfolder
+            there,
+            rendered,
+            previous=previous,
+            config=self.config,
+            repo_id=repo_id,
+            subfolder=self.options.subfolder,
+            published=published,
         )
 
 
@@ -340,6 +359,8 @@ def upload_prior(folder: str | os.PathLike[str], repo_id: str, **arguments: Any)
     push = _Push.of(folder, options)
     api, tag, branch = hub_client(options.token), options.tag, options.branch
     with explained(repo_id, options.revision, options.subfolder):
+        if "/" in repo_id and (new_name := _new_name(_info_if_there(api, repo_id, None), repo_id)):
+            raise PriorHubError(_RENAMED.format(name=repo_id, new=new_name))
         name: str = api.create_repo(
             repo_id,
             private=options.private,
@@ -366,6 +387,9 @@ _IS_PUBLIC = (
     "{name} exists already and is public: nothing was pushed. Make it private first, on its page under Settings "
     "or with huggingface_hub.HfApi().update_repo_settings({name!r}, private=True), or push to a new name."
 )
+_RENAMED = (
+    "{name} was renamed, it is {new} now; nothing was pushed. Push to that: a new repository would take the old name away."
+)
 _HAS_TAG = "{name} already has a tag {tag!r}; nothing was pushed. Choose another, or delete it."
 
 
@@ -388,13 +412,16 @@ def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) ->
         head = info.sha if info else None
         contents, stale, there = _contents(api, name, push, remote, head or "")
         if info is not None:
+            if new_name := _new_name(info, name):
+                problems.append(_RENAMED.format(name=name, new=new_name))
             if options.private and not info.private:
                 problems.append(_IS_PUBLIC.format(name=name))
             if options.tag and not _may_be_tagged(api, name, push):
                 problems.append(_HAS_TAG.format(name=name, tag=options.tag))
             with contextlib.suppress(GatedRepoError):
-                if not options.create_pr:
-                    problems += _may_write(api, name)
+                problems += _only_reads(api) if options.create_pr else _may_write(api, name)
+        else:
+            problems += _may_make(api, name)
         found = _paths_info(api, name, [*contents, *stale], head) if head else {}
         card = contents[join(sub, CARD_NAME)]
         assert isinstance(card, bytes)  # noqa: S101
@@ -422,7 +449,7 @@ def plan_push(folder: str | os.PathLike[str], repo_id: str, **arguments: Any) ->
     )
 
 
-def _info_if_there(api: HfApi, repo_id: str, branch: str) -> ModelInfo | None:
+def _info_if_there(api: HfApi, repo_id: str, branch: str | None) -> ModelInfo | None:
     """The repository at the branch, or at main if there is no such branch yet; None if there is no repository."""
     try:
         return api.model_info(repo_id, revision=branch)
@@ -443,6 +470,36 @@ def _may_write(api: HfApi, repo_id: str) -> list[str]:
             raise
         return [f"this token may not write to {repo_id}: {first_line(error)}"]
     return []
+
+
+def _new_name(info: ModelInfo | None, repo_id: str) -> str | None:
+    """The name a repository has now, if it was found under an older one: the Hub sends readers on, but not who makes one."""
+    return info.id if info is not None and info.id.casefold() != repo_id.casefold() else None
+
+
+def _only_reads(api: HfApi) -> list[str]:
+    """Why this token may write nothing at all; [] if nothing is known against it."""
+    if api.token is False or not (api.token or get_token()):
+        return ["nobody is logged in here: `hf auth login`, HF_TOKEN or token=."]
+    read = _role(api.whoami()) == "read"
+    return ["this token may only read (its role is 'read'): make one that may write."] if read else []
+
+
+def _may_make(api: HfApi, repo_id: str) -> list[str]:
+    """Why this token may not make a repository; [] if nothing is known against it."""
+    if problems := _only_reads(api):
+        return problems
+    said, owner = api.whoami(), repo_id.split("/")[0]
+    names = [said["name"], *(org.get("name") for org in said.get("orgs") or [])]
+    if _role(said) == "write" and owner.casefold() not in [str(name).casefold() for name in names]:  # finer ones may not tell
+        return [f"{said['name']!r}, whose token this is, is no member of {owner!r}: it may not make {repo_id}."]
+    return []
+
+
+def _role(said: Mapping[str, Any]) -> str | None:
+    """The role of the token, of what the Hub says of its owner."""
+    token = (said.get("auth") or {}).get("accessToken") or {}
+    return token.get("role") if isinstance(token, Mapping) else None
 
 
 def _card_problems(api: HfApi, text: str) -> list[str]:
@@ -586,7 +643,7 @@ def _contents(
     """(what to upload by path, paths to delete, the card that is there). The card is joined with the one that is there."""
     options, subfolder = push.options, push.options.subfolder
     path, config_path = join(subfolder, CARD_NAME), join(subfolder, CONFIG_NAME)
-    there = previous = last = None
+    there = previous = last = published = None
     if path in remote:
         there = read_card(Path(api.hf_hub_download(repo_id, path, revision=head)))
     if config_path in remote:
@@ -595,6 +652,9 @@ def _contents(
             previous = PriorConfig.from_json(data, where=f"{config_path} of {repo_id}")
             commit = _paths_info(api, repo_id, [config_path], head, expand=True)[config_path].last_commit
             last = (commit.oid, f"{commit.date:%Y-%m-%d}") if commit is not None else None
+    if there is not None and last is not None and path in push.files:
+        with contextlib.suppress(EntryNotFoundError, PriorFormatError):  # the client has it, unless somebody committed since
+            published = read_card(Path(api.hf_hub_download(repo_id, path, revision=last[0])))
     rows = new_versions(
         card_versions(there or ""),
         push.config,
@@ -604,7 +664,7 @@ def _contents(
         tag=options.tag,
         message=options.commit_message,
     )
-    card = push.card(there, repo_id, rows, previous)
+    card = push.card(there, repo_id, rows, previous, published)
     contents = {**push.files, path: card.encode()}
     stale = _stale(remote, contents, subfolder)
     shown = {join(subfolder, f"{PICTURES}/{name}") for name in card_pictures(there or "")}
