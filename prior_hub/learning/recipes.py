@@ -525,7 +525,7 @@ def _loaded(
 
 
 def _base_commit(model: nn.Module, revision: str | None) -> dict[str, str]:
-    """The commit that a checkpoint just loaded is from, by the Hub client's cache (transformers 5.24 keeps no `_commit_hash`)."""
+    """The commit a checkpoint just loaded is from, by the Hub client's cache: transformers 5.24 keeps no `_commit_hash`."""
     name = source_facts(model, ())["base_model"]
     path = None if name is None else try_to_load_from_cache(name, "config.json", revision=revision)
     return {"base_model_revision": Path(path).parent.name} if isinstance(path, str) else {}
