@@ -161,7 +161,11 @@ def test_doubtful_numbers_are_counted():
     floored = replace(prior.diagnose(), share_at_floor=0.25)
     assert audit_values(prior.gaussian, floored, 1e-12)[0].what == "25.0 % of the variances are at the floor (1e-12)"
     remarked = replace(floored, remarks=("the deviations are all zero: the weights did not move.",))
-    assert [f.what for f in audit_values(prior.gaussian, remarked, 1e-12)][:1] == ["the deviations are all zero"]
+    both = ["the deviations are all zero", "25.0 % of the variances are at the floor (1e-12)"]
+    assert [f.what for f in audit_values(prior.gaussian, remarked, 1e-12)][:2] == both
+    mostly = replace(floored, share_at_floor=0.6, remarks=("60 % of the variances are at the floor (1e-12): use a lower one.",))
+    said = [f.what for f in audit_values(prior.gaussian, mostly, 1e-12) if "at the floor" in f.what]
+    assert said == ["60 % of the variances are at the floor (1e-12)"], "once"
 
 
 def test_a_persons_own_text_and_metadata_in_the_card_are_no_finding(folder):

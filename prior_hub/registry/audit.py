@@ -157,7 +157,7 @@ def audit_config(config: PriorConfig) -> list[Finding]:
 def audit_values(gaussian: LowRankGaussian, diagnosis: Diagnosis, variance_floor: float) -> list[Finding]:
     """What is doubtful in the numbers: variances at the floor, denormals, squares that overflow, what `diagnose` remarks."""
     found = [Finding(*_sentence(remark)) for remark in diagnosis.remarks]
-    if diagnosis.share_at_floor > _MOST_AT_FLOOR and not found:
+    if diagnosis.share_at_floor > _MOST_AT_FLOOR and not any("at the floor" in finding.what for finding in found):
         what = f"{100 * diagnosis.share_at_floor:.1f} % of the variances are at the floor ({variance_floor:g})"
         found.append(Finding(what, "these weights did not move between snapshots: take them further apart, or lower the floor"))
     denormal = sum(_count(v, lambda part: part < torch.finfo(part.dtype).tiny) for v in gaussian.variance.values())
