@@ -232,10 +232,8 @@ def test_a_dry_run_of_a_new_branch_a_pull_request_and_a_short_name_makes_none_of
     short = fresh_repo_id().split("/")[1]
     plan = push_prior_to_hub(random_prior(), short, dry_run=True, private=True)
     said = str(plan).splitlines()  # docs/publish.md prints it
-    assert (
-        said[0]
-        == f"dry run: nothing is sent; {plan.repo_id}, branch main (not there yet, or not seen by this token: it would be made, private)"
-    )
+    where = f"{plan.repo_id}, branch main (not there yet, or not seen by this token: it would be made, private)"
+    assert said[0] == f"dry run: nothing is sent; {where}"
     assert all(any(line.split()[:2] == [file.status, file.path] for line in said) for file in plan.files)
     assert "+library_name: prior-hub" in said
     assert all(f"would be refused: {problem}" in said for problem in plan.problems)
