@@ -18,7 +18,7 @@ from prior_hub.cli import main
 from prior_hub.cli.common import printable
 from prior_hub.model import PriorModel
 from prior_hub.priors.config import PriorConfig
-from prior_hub.registry.audit import audit_card, audit_config, audit_values
+from prior_hub.registry.audit import audit_card, audit_config, audit_files, audit_values
 from prior_hub.registry.card import render_card
 
 
@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no estimator": (lambda f: changed(f, estimator={}), "the estimator is not recorded"),
     "an estimator without arguments": (lambda f: changed(f, estimator={"name": "swag"}), "no arguments of the estimator"),
     "no versions": (lambda f: changed(f, libraries={}), "versions of libraries are not recorded: torch"),
-    "no version of prior_hub": (lambda f: changed(f, prior_hub_version=None), "the version of prior_hub"),
+    "no version of prior_hub": (lambda f: changed(f, prior_hub_version=None), "the version of prior_hub that made it"),
     "snapshots not counted": (lambda f: changed(f, num_snapshots=None), "the number of snapshots is not recorded"),
     "few snapshots": (lambda f: changed(f, num_snapshots=4), "over 4 snapshots only"),
     "a key nobody knows": (lambda f: edit_config(f, extra=1), "has keys this version of prior_hub does not know"),
@@ -161,7 +161,11 @@ def test_doubtful_numbers_are_counted():
     floored = replace(prior.diagnose(), share_at_floor=0.25)
     assert audit_values(prior.gaussian, floored, 1e-12)[0].what == "25.0 % of the variances are at the floor (1e-12)"
     remarked = replace(floored, remarks=("the deviations are all zero: the weights did not move.",))
-    assert [f.what for f in audit_values(prior.gaussian, remarked, 1e-12)][:1] == ["the deviations are all zero"]
+    both = ["the deviations are all zero", "25.0 % of the variances are at the floor (1e-12)"]
+    assert [f.what for f in audit_values(prior.gaussian, remarked, 1e-12)][:2] == both
+    mostly = replace(floored, share_at_floor=0.6, remarks=("60 % of the variances are at the floor (1e-12): use a lower one.",))
+    said = [f.what for f in audit_values(prior.gaussian, mostly, 1e-12) if "at the floor" in f.what]
+    assert said == ["60 % of the variances are at the floor (1e-12)"], "once"
 
 
 def test_a_persons_own_text_and_metadata_in_the_card_are_no_finding(folder):
@@ -227,3 +231,13 @@ def test_a_pickle_is_found_in_a_repository(ready, capsys):
     api.create_tag(repo, tag="v1.0")
     capsys.readouterr()
     assert findings(repo, capsys) == ["'prior.pt' is a pickle or an archive"]
+
+
+def test_the_files_of_a_model_that_the_prior_lies_beside_are_no_secrets_and_belong_there():
+    config = random_prior().config
+    model = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"]
+    model += ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.txt"]
+    model += ["adapter_model.safetensors", "chat_template.jinja"]
+    assert audit_files(model, config) == []
+    for name in ("token", "hf_token.txt", "my-tokens.json", ".token"):
+        assert "may hold a secret" in audit_files([name], config)[0].what, name

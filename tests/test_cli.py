@@ -53,6 +53,23 @@ def test_no_command_and_an_unknown_one_are_usage_errors(capsys):
     capsys.readouterr()
 
 
+def test_with_json_what_was_not_understood_or_was_interrupted_is_one_json_object_too(capsys, monkeypatch):
+    for arguments in (["pull", "x", "--rank", "-1", "--json"], ["info", "--json"], ["list", "--json", "--nothing"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        said = capsys.readouterr()
+        found = json.loads(said.out)
+        assert (stop.value.code, found["ok"], found["error"]) == (2, False, "UsageError")
+        assert found["message"].removeprefix(f"prior-hub {arguments[0]}: ").removeprefix("prior-hub: ") in said.err
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prior_hub.cli.look.read_config_of", interrupted)
+    assert main(["info", "x", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "error": "KeyboardInterrupt", "message": "interrupted"}
+
+
 def test_version_is_the_packages(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

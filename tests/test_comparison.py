@@ -398,3 +398,11 @@ def test_diff_prints_the_comparison_and_as_json_all_of_it(tmp_path, capsys):
     random_prior(1, shapes={"conv.weight": (3, 3)}).save_pretrained(tmp_path / "c")
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     assert "not priors of the same network" in capsys.readouterr().err
+
+
+def test_the_median_of_two_blocks_is_between_them():
+    def prior(first, second):
+        mean = {"one.weight": torch.zeros(2), "two.weight": torch.zeros(2)}
+        return PriorModel.from_tensors(mean, {"one.weight": torch.full((2,), first), "two.weight": torch.full((2,), second)})
+
+    assert "by block: 1 to 3, median 2" in str(compare_priors(prior(1.0, 3.0), prior(1.0, 1.0)))

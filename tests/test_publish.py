@@ -232,6 +232,12 @@ def test_a_dry_run_of_a_new_branch_a_pull_request_and_a_short_name_makes_none_of
     assert alice.list_repo_refs(name, include_pull_requests=True) == before
     short = fresh_repo_id().split("/")[1]
     plan = push_prior_to_hub(random_prior(), short, dry_run=True, private=True)
+    said = str(plan).splitlines()  # docs/publish.md prints it
+    where = f"{plan.repo_id}, branch main (not there yet, or not seen by this token: it would be made, private)"
+    assert said[0] == f"dry run: nothing is sent; {where}"
+    assert all(any(line.split()[:2] == [file.status, file.path] for line in said) for file in plan.files)
+    assert "+library_name: prior-hub" in said
+    assert all(f"would be refused: {problem}" in said for problem in plan.problems)
     assert (plan.repo_id, plan.exists, plan.private) == (f"alice/{short}", False, True)
     assert not alice.repo_exists(f"alice/{short}")
 

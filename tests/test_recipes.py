@@ -366,6 +366,23 @@ def test_learn_as_json_prints_one_object_errors_too(places, tmp_path, capsys):
 
 
 @pytest.mark.hub
+@pytest.mark.parametrize("estimator", ["isotropic", "swag"])
+def test_learn_records_the_commit_that_the_base_model_is_from(places, hub, estimator):
+    from hub_fixtures import fresh_repo_id
+    from huggingface_hub import HfApi
+
+    alice, name = HfApi(), fresh_repo_id("base")
+    alice.create_repo(name)
+    first = alice.upload_folder(repo_id=name, folder_path=places / "resnet").oid
+    alice.create_tag(name, tag="v1")
+    second = alice.upload_file(repo_id=name, path_in_repo="note.txt", path_or_fileobj=b"later").oid
+    data = None if estimator == "isotropic" else places / "images"
+    for revision, commit in ((None, second), ("v1", first), (first, first)):
+        config = learn_prior(name, data, estimator=estimator, revision=revision, **QUICK).config
+        assert (config.base_model, config.base_model_revision) == (name, commit)
+
+
+@pytest.mark.hub
 def test_learn_can_push_what_it_learned(places, tmp_path, hub, capsys, monkeypatch):
     from hub_fixtures import fresh_repo_id
 

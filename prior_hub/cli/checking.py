@@ -78,7 +78,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"{arguments.prior}: {prior!r}: {finite}; largest precision {'at most ' if bounded else ''}{stiffest:.3g}")
         print("\n".join(f"  {line}" for line in str(dataclasses.replace(diagnosis, remarks=())).splitlines()))
         for remark in remarks:
-            print(f"  note: {remark}")
+            print(f"  note: {printable(remark)}")
     return 0
 
 

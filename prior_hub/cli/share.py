@@ -18,6 +18,7 @@ from prior_hub.cli.common import (
     json_argument,
     non_negative,
     print_table,
+    printable,
     prior_argument,
 )
 
@@ -284,7 +285,7 @@ def _show_plan(plan: PushPlan, arguments: argparse.Namespace, note: str | None) 
     print_table(
         ["file", "size", "status"], [(f.path, as_size(f.size) if f.status != "deleted" else "", f.status) for f in plan.files]
     )
-    print(f"\n{plan.card_diff.rstrip()}" if plan.card_diff else "\nthe card stays as it is")
+    print(f"\n{printable(plan.card_diff.rstrip())}" if plan.card_diff else "\nthe card stays as it is")
     for problem in plan.problems:
         print(f"\nwould be refused: {problem}")
     if note:

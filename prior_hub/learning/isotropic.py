@@ -34,7 +34,7 @@ def isotropic_prior(
 ) -> PriorModel:
     """An isotropic Gaussian at the weights of a model, or at the mean of a prior.
 
-        prior = isotropic_prior(AutoModel.from_pretrained("org/name"))  # base model and commit are recorded
+        prior = isotropic_prior(AutoModel.from_pretrained("org/name"))  # the base model is recorded
 
     Args:
         source: a model (its head is left out), or a prior whose mean, names and buffers are taken.

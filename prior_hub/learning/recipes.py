@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -50,6 +51,7 @@ from prior_hub.learning.fisher import DiagonalFisherEstimator
 from prior_hub.learning.isotropic import isotropic_prior
 from prior_hub.learning.self_supervised import SelfSupervised
 from prior_hub.learning.simclr import SimCLR
+from prior_hub.learning.swag import source_facts
 from prior_hub.learning.views import TwoViews
 from prior_hub.model import PriorModel
 from prior_hub.priors.config import CONFIG_NAME
@@ -162,7 +164,8 @@ def learn_prior(
             raise ValueError("the isotropic prior is the checkpoint and one variance: it takes no data set.")
         model, new = _loaded(AutoModel, where, head)
         outside = [*head_parameter_names(model, head), *new]  # what the checkpoint does not hold has no mean to offer
-        prior = isotropic_prior(model, variance=variance, head=tuple(dict.fromkeys(outside)), license=license)
+        known = _base_commit(model, revision)
+        prior = isotropic_prior(model, variance=variance, head=tuple(dict.fromkeys(outside)), license=license, **known)
         return _saved(prior, target)
     if dataset is None:
         raise ValueError(f"estimator={estimator!r} needs a data set; only 'isotropic' does without.")
@@ -176,6 +179,7 @@ def learn_prior(
     task = _task(objective, where, data, image_column, text_column, label_column)
     model, new = _loaded(task.model_class, where, head, **task.model_arguments)
     outside = head_parameter_names(model, head)
+    about |= _base_commit(model, revision)
     if objective in _OF_VIEWS:
         if len(data) < max(2, batch_size):
             raise ValueError(f"{len(data)} images do not fill one batch of {batch_size}: pass a smaller batch_size.")
@@ -518,6 +522,13 @@ def _loaded(
             f"{type(model).__name__} (not {lost[0]!r}, for example): it is the checkpoint of another kind of model."
         )
     return model, found
+
+
+def _base_commit(model: nn.Module, revision: str | None) -> dict[str, str]:
+    """The commit a checkpoint just loaded is from, by the Hub client's cache: transformers 5.24 keeps no `_commit_hash`."""
+    name = source_facts(model, ())["base_model"]
+    path = None if name is None else try_to_load_from_cache(name, "config.json", revision=revision)
+    return {"base_model_revision": Path(path).parent.name} if isinstance(path, str) else {}
 
 
 def _arguments(training: Mapping[str, Any], *, seed: int, use_cpu: bool) -> dict[str, Any]:

@@ -784,7 +784,8 @@ def provenance(
         "head_parameters": tuple(facts["head_parameters"]),
         "tied_parameters": {own_name(a): own_name(n) for a, n in facts["tied_parameters"].items() if n in covered},
         "base_model": base_model or facts["base_model"],
-        "base_model_revision": base_model_revision or (facts["base_model_revision"] if base_model is None else None),
+        "base_model_revision": base_model_revision
+        or (facts["base_model_revision"] if base_model in (None, facts["base_model"]) else None),
         "model_type": facts["model_type"],
         "source": {key: value for key, value in recorded.items() if value is not None},
     }

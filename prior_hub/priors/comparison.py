@@ -23,6 +23,7 @@ variance are the rounding of float32 and left out.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -165,7 +166,7 @@ class PriorComparison:
         else:
             lines.append("low-rank parts: one of the priors has none")
         ratios = sorted(block.variance_ratio for block in self.blocks)
-        middle = ratios[len(ratios) // 2]
+        middle = statistics.median(ratios)
         lines.append(f"variance of A / variance of B by block: {ratios[0]:.3g} to {ratios[-1]:.3g}, median {middle:.3g}")
         most = sorted(self.blocks, key=lambda b: -abs(math.log(b.variance_ratio)))[:_SHOWN]
         chosen = [block for block in self.blocks if block in most]

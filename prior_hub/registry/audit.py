@@ -8,6 +8,7 @@ should not.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ _FEWEST_SNAPSHOTS = 10
 _MOST_AT_FLOOR = 0.01  # share of the variances
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".tar", ".gz", ".zip")
 _BELONG = (".md", ".txt", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".pdf", ".bib", ".cff", ".json", ".yaml", ".yml", ".csv")
-_BELONG_NAMES = (".gitattributes", "LICENSE", "LICENCE", "NOTICE", "model.safetensors", ".gitignore")
+_BELONG_NAMES = (".gitattributes", "LICENSE", "LICENCE", "NOTICE", "tokenizer.model", "chat_template.jinja", ".gitignore")
+_TOKEN = re.compile(r"token(?!iz)(?<!special_token)(?<!added_token)")  # not a tokenizer's files, of the model it lies beside
+_OF_A_MODEL = re.compile(r"(model|adapter_model)(-[0-9]{5}-of-[0-9]{5})?\.safetensors")  # which a prior may lie beside
 _SQUARE = 1.8e19  # magnitude above which float32 cannot hold the square
 _BLOCK = 1 << 20  # entries looked at at a time
 
@@ -137,12 +140,16 @@ def audit_config(config: PriorConfig) -> list[Finding]:
     if made.get("name") and not made.keys() - {"name", "batch_norm"}:
         what = f"no arguments of the estimator {made['name']!r:.60} are recorded"
         found.append(Finding(what, "record those it ran with (learning rate, interval, batch size): nobody can make it again"))
-    need(config.prior_hub_version, "the version of prior_hub that wrote it is not recorded", "save it again with prior_hub")
+    need(
+        config.prior_hub_version,
+        "the version of prior_hub that made it is not recorded",
+        "record it (config.replace(prior_hub_version=...))",
+    )
     missing = [name for name in ("torch",) if name not in config.libraries]
     need(
         not missing,
         f"versions of libraries are not recorded: {', '.join(missing)}",
-        "save it again with prior_hub, or add them",
+        "record them (config.replace(libraries={'torch': torch.__version__})), as `PriorModel.from_tensors` does",
     )
     if config.rank and config.num_snapshots is None:
         found.append(
@@ -157,7 +164,7 @@ def audit_config(config: PriorConfig) -> list[Finding]:
 def audit_values(gaussian: LowRankGaussian, diagnosis: Diagnosis, variance_floor: float) -> list[Finding]:
     """What is doubtful in the numbers: variances at the floor, denormals, squares that overflow, what `diagnose` remarks."""
     found = [Finding(*_sentence(remark)) for remark in diagnosis.remarks]
-    if diagnosis.share_at_floor > _MOST_AT_FLOOR and not found:
+    if diagnosis.share_at_floor > _MOST_AT_FLOOR and not any("at the floor" in finding.what for finding in found):
         what = f"{100 * diagnosis.share_at_floor:.1f} % of the variances are at the floor ({variance_floor:g})"
         found.append(Finding(what, "these weights did not move between snapshots: take them further apart, or lower the floor"))
     denormal = sum(_count(v, lambda part: part < torch.finfo(part.dtype).tiny) for v in gaussian.variance.values())
@@ -237,10 +244,11 @@ def audit_files(names: Iterable[str], config: PriorConfig, *, folder: Path | Non
             found.append(Finding(f"{shown} is no file of this prior", "remove it: it is left from another one"))
         elif first.startswith(".prior-"):
             found.append(Finding(f"{shown} is left from a save that was interrupted", "save the prior again: it tidies up"))
-        elif first.startswith(".env") or "token" in first.lower() or suffix in (".pem", ".key"):
+        elif first.startswith(".env") or _TOKEN.search(first.lower()) or suffix in (".pem", ".key"):
             found.append(Finding(f"{shown} may hold a secret", "remove it, and replace the secret if it was published"))
         elif (
             name not in _BELONG_NAMES
+            and not _OF_A_MODEL.fullmatch(name)
             and suffix not in _BELONG
             and not (folder and (folder / name).is_dir())
             and "/" not in name

@@ -264,6 +264,15 @@ class PushPlan:
     missing: tuple[str, ...]
     problems: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """For a person: where to, every file, what is new in the card, and what stands against it."""
+        there = f"at {self.head[:8]}" if self.head else "not there yet, or not seen by this token: it would be made"
+        access = {True: ", private", False: ", public", None: ""}[self.private]
+        lines = [f"dry run: nothing is sent; {self.repo_id}, branch {self.branch} ({there}{access})"]
+        lines += [f"  {file.status:<9} {file.path} ({file.size:,} bytes)" for file in self.files]
+        lines += [self.card_diff.rstrip() or "the card stays as it is"]
+        return "\n".join([*lines, *(f"would be refused: {problem}" for problem in self.problems)])
+
 
 @dataclass(frozen=True)
 class _Push:
