@@ -640,6 +640,7 @@ class PriorModel:
         license: str | None = None,  # noqa: A002 - the Hub's word
         base_model: str | None = None,
         dataset: str | list[str] | None = None,
+        dataset_license: str | None = None,
         allow_incomplete: bool = False,
         evaluation: Evaluation | None = None,
         evaluation_dataset: str | None = None,
@@ -670,9 +671,10 @@ class PriorModel:
             commit_description: rest of the commit message.
             tag: tag the commit ("v1.0"); refused before anything is pushed if it exists.
             license: the prior's licence, a Hub identifier such as "apache-2.0"; replaces what the configuration says in what is
-                pushed, and so do `base_model` and `dataset`.
+                pushed, and so do `base_model`, `dataset` and `dataset_license`.
             base_model: Hub name of the model whose weights the prior is over.
             dataset: name of the source task's data set, or several.
+            dataset_license: its licence, which may bind who uses the prior.
             allow_incomplete: push without them.
             evaluation: results of models fine-tuned under the prior, for the card and the Hub's model-index: {"task":
                 "image-classification", "dataset": "org/data", "metrics": {"accuracy": 0.91}}, also with what

@@ -838,11 +838,14 @@ def test_every_flag_of_push_reaches_the_hub(hub, tmp_path, capsys):
     command += ["--gated", "manual", "--tag", "v1.0", "--message", "the first", "--no-pictures", "--compute", "hours=3.5"]
     command += ["--evaluation", str(tmp_path / "results.json"), "--evaluation-dataset", "org/t", "--evaluation-task", "x"]
     command += ["--compute", "emissions=2", "--compute", "hardware_used=a=b", "--json"]
+    command += ["--dataset-license", "cc-by-4.0"]
     command += ["--collection", "CLI"] if hasattr(hub, "collections") else []
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     info = alice.model_info(name)
     assert (info.private, info.gated, found["tag"], found["ok"]) == (True, "manual", "v1.0", True)
+    source = download_config(name)[0].source
+    assert (source["dataset"], source["dataset_license"]) == ("org/data", "cc-by-4.0")
     assert info.card_data.co2_eq_emissions == {"emissions": 2.0, "hardware_used": "a=b"}
     assert [r.metric_type for r in info.card_data.eval_results] == ["accuracy", "loss"]
     assert [(row.version, row.change) for row in card_versions(card(name))] == [("v1.0", "the first")]

@@ -342,14 +342,30 @@ def command(places, output, *more: str) -> list[str]:
 
 def test_learn_writes_the_prior_shows_it_and_says_what_is_next(places, tmp_path, capsys):
     folder = tmp_path / "prior"
-    assert main(command(places, folder, "--dataset", str(places / "images"), "--license", "mit", "--progress")) == 0
+    assert (
+        main(
+            command(
+                places,
+                folder,
+                "--dataset",
+                str(places / "images"),
+                "--license",
+                "mit",
+                "--dataset-license",
+                "cc0-1.0",
+                "--progress",
+            )
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert re.search(r"base model +not recorded", shown.out)
     assert "image classification" in shown.out
     assert f"next: prior-hub check {folder}" in shown.out
     assert "training: 100%" in shown.err
     assert main(["check", str(folder)]) == 0
-    assert PriorModel.from_pretrained(folder).config.estimator["snapshots"] == 3
+    config = PriorModel.from_pretrained(folder).config
+    assert (config.estimator["snapshots"], config.source["dataset_license"]) == (3, "cc0-1.0")
 
 
 def test_learn_as_json_prints_one_object_errors_too(places, tmp_path, capsys):

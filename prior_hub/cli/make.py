@@ -28,7 +28,18 @@ __all__ = ["add_commands"]
 _LEARN_NAMES = (
     *("output", "estimator", "objective", "subset", "split", "image_column", "text_column", "label_column", "max_examples"),
     *("steps", "batch_size", "learning_rate", "optimizer", "weight_decay", "augment", "max_length", "rank", "start"),
-    *("every_n_steps", "variance_floor", "labels", "prior_precision", "variance", "head", "revision", "license", "seed"),
+    *(
+        "every_n_steps",
+        "variance_floor",
+        "labels",
+        "prior_precision",
+        "variance",
+        "head",
+        "revision",
+        "license",
+        "dataset_license",
+        "seed",
+    ),
     *("use_cpu", "progress"),
 )
 
@@ -211,6 +222,7 @@ def _learn_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head", nargs="+", metavar="MODULE", help="modules of the source task's head (default: asks the model)")
     add("--revision", metavar="REV", help="branch, tag or commit of the base model")
     add("--license", metavar="ID", help="licence of the prior, a Hub identifier such as apache-2.0")
+    add("--dataset-license", metavar="ID", help="licence of the data set, where it does not say it itself")
     add("--seed", type=non_negative, metavar="N", help="default: 0")
     add("--cpu", dest="use_cpu", action="store_const", const=True, help="do not use an accelerator that is there")
     add("--progress", action="store_const", const=True, help="show progress bars even where the output is no terminal")

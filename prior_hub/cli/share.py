@@ -105,6 +105,7 @@ def metadata_arguments(parser: Any) -> None:
     parser.add_argument("--license", metavar="ID", help="the prior's licence, a Hub identifier such as apache-2.0")
     parser.add_argument("--base-model", metavar="NAME", help="Hub name of the model whose weights the prior is over")
     parser.add_argument("--dataset", metavar="NAME", help="the source task's data set")
+    parser.add_argument("--dataset-license", metavar="ID", help="its licence, which may bind who uses the prior")
     allow_incomplete_argument(parser)
 
 
@@ -238,6 +239,7 @@ def _push(arguments: argparse.Namespace) -> int:
         "license": arguments.license,
         "base_model": arguments.base_model,
         "dataset": arguments.dataset,
+        "dataset_license": arguments.dataset_license,
         "allow_incomplete": arguments.allow_incomplete,
         "evaluation": read_evaluation(arguments.evaluation),
         "evaluation_dataset": arguments.evaluation_dataset,

@@ -99,6 +99,7 @@ def learn_prior(
     head: str | Sequence[str] | None = "auto",
     revision: str | None = None,
     license: str | None = None,  # noqa: A002 (the Hub's word)
+    dataset_license: str | None = None,
     seed: int = 0,
     use_cpu: bool = False,
     progress: bool | None = None,
@@ -136,6 +137,7 @@ def learn_prior(
         head: as in `SwagEstimator`.
         revision: branch, tag or commit of the base model.
         license: licence of the prior, a Hub identifier.
+        dataset_license: licence of the data set, where it does not say it itself.
         seed: of the head, the order of the data, augmentation and drawn labels.
         use_cpu: do not use an accelerator that is there.
         progress: progress bars; where standard error is a terminal when None.
@@ -201,6 +203,7 @@ def learn_prior(
     source = {**about.pop("more"), **task.columns, "num_examples": len(data) if steps else whole}
     source |= {} if task.num_labels is None else {"num_labels": task.num_labels}
     source |= {"seed": seed, **(training if steps else {})}
+    about |= {"dataset_license": dataset_license} if dataset_license else {}
     facts: dict[str, Any] = {"objective": task.kind, "license": license, **about}
 
     swag = None

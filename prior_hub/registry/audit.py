@@ -127,7 +127,7 @@ def audit_config(config: PriorConfig) -> list[Finding]:
             need(
                 config.source.get("dataset_license"),
                 "the licence of the source data set is not recorded",
-                "record it (source={'dataset_license': ...}): it may bind who uses the prior",
+                "record it (learn or push --dataset-license, source={'dataset_license': ...}): it may bind who uses the prior",
             )
         need(
             config.source.get("objective"),

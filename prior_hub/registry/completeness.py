@@ -72,6 +72,7 @@ def completed(
     license: str | None = None,  # noqa: A002 - the Hub's word
     base_model: str | None = None,
     dataset: str | list[str] | None = None,
+    dataset_license: str | None = None,
 ) -> PriorConfig:
     """The configuration with what is given in place of what it says; another base model takes the old one's commit away."""
     changes: dict[str, Any] = {}
@@ -79,8 +80,9 @@ def completed(
         changes["license"] = license
     if base_model and base_model != config.base_model:
         changes |= {"base_model": base_model, "base_model_revision": None}
-    if dataset:
-        changes["source"] = {**config.source, "dataset": dataset}
+    known = {name: value for name, value in (("dataset", dataset), ("dataset_license", dataset_license)) if value}
+    if known:
+        changes["source"] = {**config.source, **known}
     return config.replace(**changes) if changes else config
 
 

@@ -174,7 +174,7 @@ class PushOptions:
         commit_message: first line of the commit; the card's list of versions shows it too.
         commit_description: rest of the commit message.
         tag: tag the commit; refused if it exists.
-        license, base_model, dataset: put in place of what the configuration says, in what is pushed.
+        license, base_model, dataset, dataset_license: put in place of what the configuration says, in what is pushed.
         allow_incomplete: push without licence, base model or source data set.
         evaluation: see `eval_results`; None keeps those of the card that is there if it is of the same prior.
         evaluation_dataset, evaluation_task: where `evaluation` names none.
@@ -195,6 +195,7 @@ class PushOptions:
     license: str | None = None
     base_model: str | None = None
     dataset: str | list[str] | None = None
+    dataset_license: str | None = None
     allow_incomplete: bool = False
     evaluation: Evaluation | None = None
     evaluation_dataset: str | None = None
@@ -219,7 +220,13 @@ class PushOptions:
         Raises:
             PriorMetadataError: what a reader needs is missing.
         """
-        config = completed(config, license=self.license, base_model=self.base_model, dataset=self.dataset)
+        config = completed(
+            config,
+            license=self.license,
+            base_model=self.base_model,
+            dataset=self.dataset,
+            dataset_license=self.dataset_license,
+        )
         if not self.allow_incomplete:
             check_complete(missing_in(config))
         return config
