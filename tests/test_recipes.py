@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prior_hub import PriorHubError, PriorModel, SimCLR, learn_prior
+from prior_hub import PriorHubError, PriorModel, PriorNotFoundError, SimCLR, learn_prior
 from prior_hub.cli import main
 from prior_hub.learning.recipes import ESTIMATORS
 
@@ -302,8 +302,9 @@ def test_an_empty_split_a_missing_model_and_another_kind_of_model_are_refused(pl
         learn_prior(places / "resnet", places / "images", split="train[:0]", **QUICK)
     with pytest.raises(OSError, match="not-there"):
         learn_prior(tmp_path / "not-there", estimator="isotropic")
-    with pytest.raises((OSError, ValueError)):
-        learn_prior(places / "resnet", tmp_path / "nothing-here", **QUICK)
+    for nowhere in (tmp_path / "nothing-here", "./nothing-here", "~/nothing-here"):
+        with pytest.raises(PriorNotFoundError, match=r"no folder .*nothing-here"):
+            learn_prior(places / "resnet", nowhere, **QUICK)
     with pytest.raises(ValueError, match="ResNet"):
         learn_prior(places / "resnet", places / "texts", text_column="text", **QUICK)
     shutil.copytree(places / "resnet", tmp_path / "hollow")

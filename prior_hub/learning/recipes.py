@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from prior_hub.errors import PriorHubError
+from prior_hub.errors import PriorHubError, PriorNotFoundError
 from prior_hub.learning.barlow_twins import BarlowTwins
 from prior_hub.learning.callback import SwagCallback
 from prior_hub.learning.fisher import DiagonalFisherEstimator
@@ -144,7 +144,7 @@ def learn_prior(
 
     Raises:
         ValueError: an argument is wrong; a column is missing (the message lists those there are).
-        PriorHubError: a library is missing, the output folder is not free, or the data set is no good for the objective.
+        PriorHubError: a library is missing, the folder is not free, the data set is not there or no good for the objective.
         OSError: the model or the data set cannot be found or fetched.
         PriorNumericsError: training diverged, or too few snapshots were taken.
     """
@@ -410,6 +410,8 @@ def _dataset(dataset: str | os.PathLike[str], subset: str | None, split: str) ->
     name = os.fspath(dataset)
     folder = Path(name).expanduser()
     local = folder.is_dir()
+    if not local and (name.startswith((".", "~")) or folder.is_absolute()):
+        raise PriorNotFoundError(f"there is no folder {name!r} to read a data set from.")
     data = load_dataset(str(folder) if local else name, subset, split=split)
     for column, feature in data.features.items():
         if isinstance(feature, dict) and set(feature) == {"bytes", "path"}:  # an image whose type the parquet file lacks
