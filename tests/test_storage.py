@@ -635,6 +635,29 @@ threading.Thread(target=work).start()
     assert done.stdout == "done\n", done.stderr
 
 
+def test_a_reader_that_is_disturbed_again_and_again_makes_the_saves_wait(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    random_prior().save_pretrained(tmp_path)
+    real, free = storage._read, []
+
+    def read(folder, *arguments):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what a save does
+            free.append(True)
+        except BlockingIOError:
+            free.append(False)
+        finally:
+            os.close(handle)
+        return real(folder, *arguments)
+
+    monkeypatch.setattr(storage, "_read", read)
+    monkeypatch.setattr(storage, "_state", lambda folder: (object(),))  # another save each time it is looked at
+    assert_same(PriorModel.from_pretrained(tmp_path), random_prior())
+    assert free[:-1] == [True] * 20
+    assert not free[-1]
+
+
 def test_when_one_task_fails_those_that_wait_are_not_begun():
     begun = []
 

@@ -98,7 +98,7 @@ _TRASH = ".prior-trash-"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = ("mean", "variance", "deviations")
 _METADATA = {"format": "pt"}  # as every file that safetensors writes for torch
-_READ_TRIES = 50  # saves that may come in between while one prior is read
+_READ_TRIES = 20  # saves that may come in between while one prior is read; then they have to wait
 _SPARSE_FROM = 10**9  # bytes; what is smaller is read in a second or two, holes and all
 _LARGEST = 3.4e38  # that float32 can hold
 _MOST_FILES = 8  # files verified at a time; each needs two buffers of 8 MiB
@@ -469,7 +469,28 @@ def _undisturbed(folder: Path, read: Callable[[], _T]) -> _T:
         else:
             if _state(folder) == before:
                 return result
+    with _saves_waiting(folder) as they_wait:
+        if they_wait:
+            return read()
     raise PriorHubError(f"{folder} was saved to {_READ_TRIES} times while it was read; wait for the process that does it.")
+
+
+@contextlib.contextmanager
+def _saves_waiting(folder: Path) -> Iterator[bool]:
+    """Meanwhile nobody saves into the folder; False where that cannot be had: no locks on this system or file system."""
+    if _fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            _fcntl.flock(handle, _fcntl.LOCK_SH)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def _state(folder: Path) -> tuple[object, ...]:
