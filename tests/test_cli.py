@@ -172,6 +172,7 @@ def test_pull_as_json_says_what_came_from_where_and_what_went_wrong(folder, tmp_
 
 
 @pytest.mark.hub
+@pytest.mark.filterwarnings("ignore::prior_hub.errors.PriorWarning")  # `fits` meets what other tests left on this Hub
 def test_every_example_of_every_help_does_what_it_shows(folder, tmp_path, hub, capsys, monkeypatch):
     """The names stand for repositories of the reader's; what takes long is replaced by what notes its arguments."""
     import prior_hub.demo
