@@ -14,7 +14,7 @@ from priors_for_tests import random_prior
 
 from prior_hub.cli import main
 from prior_hub.errors import PriorHubError
-from prior_hub.model import PriorModel
+from prior_hub.model import PriorModel, push_prior_to_hub
 from prior_hub.registry import client
 from prior_hub.registry.tokens import scrubbed
 
@@ -93,6 +93,14 @@ def test_pushing_says_no_token_whatever_the_server_says(hub: HubServer, repo, ca
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     hub.add_fault("status", path=path, times=-1, **of_others(answer))
     fails_discreetly(lambda: random_prior(seed=1).push_to_hub(repo), caplog)
+
+
+def test_a_dry_run_tells_no_token_of_what_stands_against_the_push(hub: HubServer, repo):
+    hub.add_fault("status", path="/auth-check", times=-1, **of_others(ANSWERS["403"]))
+    plan = push_prior_to_hub(random_prior(seed=1), repo, dry_run=True)
+    assert any("may not write" in problem for problem in plan.problems)
+    for secret in SECRETS:
+        assert secret not in str(plan)
 
 
 def test_a_command_prints_no_token(hub: HubServer, repo, tmp_path, capsys):

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from prior_hub.priors.config import PriorConfig
 
 __all__ = [
-    "BYTES",
     "add_command",
     "as_size",
     "as_text",
@@ -27,8 +26,6 @@ __all__ = [
     "prior_argument",
     "read_config_of",
 ]
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:

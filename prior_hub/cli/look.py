@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prior_hub.cli.common import (
-    BYTES,
     add_command,
     as_size,
     as_text,
@@ -135,10 +134,8 @@ def _match(config: PriorConfig, model: str, revision: str | None) -> dict[str, A
 
 def _size(config: PriorConfig) -> dict[str, Any]:
     """Bytes of the numbers, as they are stored; headers of files and BatchNorm statistics, a few kB, are not in the shapes."""
-    copies = {"mean": 1, "variance": 1, "deviations": config.rank}
-    kinds = {kind: config.num_parameters * count * BYTES[config.dtype[kind]] for kind, count in copies.items()}
-    total = sum(kinds.values())
-    return {"download_bytes": total, "memory_bytes": total, "files": len(config.weight_files), **kinds}
+    total = sum(config.stored_bytes.values())
+    return {"download_bytes": total, "memory_bytes": total, "files": len(config.weight_files), **config.stored_bytes}
 
 
 def show_info(config: PriorConfig, where: str, commit: str | None, match: Mapping[str, Any] | None = None) -> None:

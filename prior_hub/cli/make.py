@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from prior_hub.cli.common import (
-    BYTES,
     add_command,
     as_size,
     as_text,
@@ -158,7 +157,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     kept = sum(shares[: smaller.rank])
     if arguments.output is not None:
         smaller.save_pretrained(arguments.output)
-    sizes = [prior.num_parameters * p.rank * BYTES[p.config.dtype["deviations"]] for p in (prior, smaller)]
+    sizes = [p.config.stored_bytes["deviations"] for p in (prior, smaller)]
     if arguments.json:
         result = {"ok": True, "prior": arguments.prior, "commit": prior.commit_hash, "folder": as_text(arguments.output)}
         result |= {"rank": smaller.rank, "rank_before": prior.rank, "explained": kept, "spectrum": spectrum}

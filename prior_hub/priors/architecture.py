@@ -41,12 +41,10 @@ __all__ = [
     "match_config",
     "model_fingerprints",
     "share_of_body",
-    "stored_bytes",
 ]
 
 _DIGITS = 16
 _ADAPTER = re.compile(r"(^|\.)lora_")  # PEFT's own names for everything a LoRA adapter adds
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def architecture_fingerprint(shapes: Mapping[str, Sequence[int]], head: Iterable[str] = ()) -> str | None:
@@ -168,9 +166,3 @@ def match_config(
     for remark in remarks:
         warnings.warn(remark, PriorWarning, stacklevel=2)
     return replace(match, remarks=(*match.remarks, *remarks)) if remarks else match
-
-
-def stored_bytes(config: PriorConfig) -> int:
-    """Bytes of the mean, the variance and the deviations as they are stored (not of buffers and file headers)."""
-    copies = {"mean": 1, "variance": 1, "deviations": config.rank}
-    return config.num_parameters * sum(count * _BYTES[config.dtype[kind]] for kind, count in copies.items())

@@ -31,6 +31,7 @@ _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}(?:/{_HUB_NAME})?")
 MEAN_DTYPES = ("float32", "float64")
 DEVIATION_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_ENTRIES = 2**53  # entries a shape may declare; beyond it products are no longer exact in JSON readers
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 _REPR = reprlib.Repr()
@@ -136,6 +137,12 @@ class PriorConfig:
     def num_parameters(self) -> int:
         """P, the number of values under the prior."""
         return sum(math.prod(shape) for shape in self.parameters.values())
+
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of "mean", "variance" and "deviations" as they are stored; buffers and file headers aside."""
+        copies = {"mean": 1, "variance": 1, "deviations": self.rank}
+        return {kind: self.num_parameters * count * _BYTES[self.dtype[kind]] for kind, count in copies.items()}
 
     def replace(self, **changes: Any) -> PriorConfig:
         """A checked copy with `changes`."""

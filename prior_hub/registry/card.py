@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from prior_hub.errors import PriorFormatError, PriorMetadataError
-from prior_hub.priors.architecture import config_fingerprint, stored_bytes
+from prior_hub.priors.architecture import config_fingerprint
 from prior_hub.priors.config import PriorConfig, is_hub_name
 from prior_hub.priors.tensor_files import open_regular
 from prior_hub.registry.evaluation import evaluation_table
@@ -97,7 +97,7 @@ def prior_facts(config: PriorConfig) -> dict[str, Any]:
         "estimator": config.estimator.get("name"),
         "objective": config.source.get("objective"),
         "num_parameters": config.num_parameters,
-        "stored_bytes": stored_bytes(config),
+        "stored_bytes": sum(config.stored_bytes.values()),
         "scale": config.scale,
         "architecture": config_fingerprint(config),
     }

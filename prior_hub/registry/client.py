@@ -48,7 +48,7 @@ from prior_hub.errors import (
     PriorStorageError,
 )
 from prior_hub.priors.config import CONFIG_NAME
-from prior_hub.registry.tokens import discreet, remember
+from prior_hub.registry.tokens import discreet, remember, scrubbed
 
 try:
     from huggingface_hub.errors import RevisionResolutionError
@@ -137,7 +137,7 @@ class HubClient(HfApi):
 
     def create_tag(self, *args: Any, **options: Any) -> None:
         """A tag; one that is there already is a conflict."""
-        _patiently(super().create_tag, *args, **options)  # one that is there already is a conflict: see `_tag`
+        _patiently(super().create_tag, *args, **options)
 
     def create_repo(self, *args: Any, exist_ok: bool = False, **options: Any) -> RepoUrl:
         """A repository; repeated where it may exist already."""
@@ -377,8 +377,7 @@ def explained(repo_id: str, revision: str | None, subfolder: str | None) -> Iter
 
 
 def first_line(error: BaseException) -> str:
-    """What the Hub said, or else the first line of what the client says; without the signatures of signed addresses."""
+    """What the Hub said, or else the first line of what the client says; without tokens and signatures."""
     said = getattr(error, "server_message", None) or str(error)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1", lines[0]) if lines else type(error).__name__
-    return line.rstrip(".") + "."
+    return (scrubbed(lines[0]) if lines else type(error).__name__).rstrip(".") + "."

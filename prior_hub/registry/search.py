@@ -41,7 +41,6 @@ from prior_hub.priors.architecture import (
     match_config,
     model_fingerprints,
     share_of_body,
-    stored_bytes,
 )
 from prior_hub.priors.config import CONFIG_NAME, MAX_CONFIG_BYTES, PriorConfig, is_hub_name
 from prior_hub.priors.matching import Match
@@ -439,7 +438,7 @@ def _with_config(info: PriorInfo, config: PriorConfig) -> PriorInfo:
         rank=config.rank,
         num_parameters=config.num_parameters,
         scale=config.scale,
-        stored_bytes=stored_bytes(config),
+        stored_bytes=sum(config.stored_bytes.values()),
         license=config.license or info.license,
         architecture=config_fingerprint(config),
         config=config,
