@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -477,9 +478,11 @@ class PriorModel:
     def diagnose(self) -> Diagnosis:
         """What it looks like (spectrum, effective rank, variances), and whether it is degenerate; print it.
 
-        Reads every number once. `prior-hub check` prints the same.
+        Reads every number once. Of a `compressed` prior, the remarks are about the deviations that it was made of.
+        `prior-hub check` prints the same.
         """
-        return diagnose(self.gaussian, variance_floor=self.config.variance_floor)
+        before = _spectrum_before(self.config)
+        return diagnose(self.gaussian, variance_floor=self.config.variance_floor, before=before)
 
     def _with(self, gaussian: LowRankGaussian, *, estimator: Mapping[str, Any] | None = None) -> PriorModel:
         config = self.config.replace(
@@ -821,6 +824,14 @@ def _config_in(folder: Path) -> PriorConfig | None:
 def _is_principal(config: PriorConfig) -> bool:
     """Whether the deviations are principal directions (`PriorModel.compressed`) and not snapshots."""
     return config.estimator.get("deviations") == PRINCIPAL
+
+
+def _spectrum_before(config: PriorConfig) -> tuple[float, ...]:
+    """Variance along each direction before `PriorModel.compressed` dropped some, as recorded; () where nothing usable is."""
+    recorded = config.estimator.get("spectrum") if _is_principal(config) else None
+    values = recorded if isinstance(recorded, (list, tuple)) else ()
+    usable = all(isinstance(v, (int, float)) and 0 <= v <= sys.float_info.max for v in values)
+    return tuple(map(float, values)) if usable else ()
 
 
 def _weights_at(config: PriorConfig, rank: int) -> tuple[float, float]:

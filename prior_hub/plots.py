@@ -127,13 +127,14 @@ def plot_prior(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: there is no such picture, or "spectrum" of a prior without a low-rank part.
+        ValueError: there is no such picture, "spectrum" of a prior without a low-rank part, or a file's ending that names no
+            kind of picture.
     """
     if what not in PICTURES:
         raise ValueError(f"what is {what!r}, expected one of {', '.join(map(repr, PICTURES))}.")
     if what == "spectrum" and not prior.gaussian._low_rank_scale():
         raise ValueError("the prior has no low-rank part, and so no spectrum: it is diagonal.")
-    _figure(1, 1)  # before anything is read: matplotlib may be missing
+    _checked(_figure(1, 1), path)  # before anything is read: matplotlib may be missing, the ending unknown
     return _draw_prior(prior, path, what, found or profile(prior.gaussian, title=_name(prior)), title)
 
 
@@ -538,9 +539,22 @@ def _tidy(panel: Any) -> None:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
+    target = _checked(figure, path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
+    return target
+
+
+def _checked(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """The path, if its ending is that of a kind of picture that can be written."""
+    target = Path(path)
+    kinds = sorted(figure.canvas.get_supported_filetypes())
+    if target.suffix.lower().removeprefix(".") not in kinds:
+        ending = f"ends in {target.suffix!r}" if target.suffix else "has no ending"
+        raise ValueError(
+            f"cannot draw {str(target)!r}: it {ending}, which names no kind of picture. Use .png, .svg or .pdf (or one of "
+            f"{', '.join(kinds)})."
+        )
     return target
 
 
@@ -616,7 +630,7 @@ def _draw_spectrum(panel: Any, found: Profile) -> None:
     panel.set_ylabel("share of the low-rank variance", fontsize=8)
     panel.tick_params(axis="x", labelsize=7.5)
     share = f"{100 * found.low_rank_share:.0f} % of the total variance"
-    _legend(panel, f"Low-rank part: {share},\neffective rank {found.effective_rank:.1f} of {len(found.spectrum)}")
+    _legend(panel, f"Low-rank part: {share},\neffective rank {found.effective_rank:.1f} of {len(shares)}")
 
 
 def _draw_freedom(panel: Any, found: Profile) -> None:
@@ -678,7 +692,7 @@ def _say_spectrum(found: Profile, scale: float) -> str:  # noqa: ARG001 - shares
         return ""
     useful = sum(1 for value in itertools.accumulate(shares) if value < 99) + 1
     return (
-        f"Share of the low-rank variance by principal direction: the first of {len(found.spectrum)} holds {shares[0]:.3g} %, "
+        f"Share of the low-rank variance by principal direction: the first of {len(shares)} holds {shares[0]:.3g} %, "
         f"the first {useful} hold 99 %; the effective rank is {found.effective_rank:.1f}."
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from prior_hub import PriorModel, SwagEstimator
 from prior_hub.cli import main
+from prior_hub.priors.diagnosis import diagnose, effective_rank
 
 SHAPES = {"a": (30, 4), "b": (50,)}
 
@@ -101,11 +102,17 @@ def test_a_random_walk_is_told_from_a_stationary_distribution_with_memory():
 
         return step
 
-    walk = learned(chain(1.0), rank=20, steps=20).diagnose()
+    wandered = learned(chain(1.0), rank=20, steps=20)
+    walk = wandered.diagnose()
     assert walk.effective_rank == pytest.approx(2.5, abs=0.7)
     (remark,) = walk.remarks
     assert "of 20, that of a random walk (2.5)" in remark
     assert "prior_rank=0" in remark
+    few = wandered.compressed(rank=4)
+    assert diagnose(few.gaussian).remarks == ()  # so few directions alone would earn no remark
+    assert few.diagnose().remarks == (remark,)
+    assert few.truncated(2).diagnose().remarks == (remark,)
+    assert few.diagnose().effective_rank == pytest.approx(effective_rank(walk.spectrum[:4]), rel=1e-4)  # of what is left
     state.zero_()
     for _ in range(50):
         chain(0.5)(0)
@@ -125,3 +132,20 @@ def test_check_prints_it_and_gives_it_as_json(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["diagnosis"]["effective_rank"] == pytest.approx(1.0, abs=1e-4)
     assert any("span little more" in remark for remark in found["remarks"])
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    ["1000000000", [1.0, *["1e-9"] * 9], [1.0, *[-1e-9] * 9], [float("nan"), *[1e-9] * 9], [10**400, *[1] * 9], {"a": 1}, None],
+)
+def test_a_recorded_spectrum_that_is_not_one_is_not_used(recorded):
+    few = prior((4.0, 2.0, 1.0, 1.0, 1e-4)).compressed(0.9)
+    few.config.estimator["spectrum"] = recorded
+    assert few.diagnose().remarks == ()
+    assert few.diagnose().effective_rank == pytest.approx(effective_rank([4.0, 2.0, 1.0, 1.0]), abs=0.6)
+
+
+def test_effective_rank_of_numbers_whose_squares_overflow_or_vanish():
+    for unit in (1e-200, 1.0, 1e200):
+        assert effective_rank([3 * unit, unit]) == pytest.approx(1.6)
+    assert effective_rank([0.0, 0.0]) == effective_rank([]) == 0.0

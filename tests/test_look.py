@@ -267,8 +267,12 @@ def test_plot_says_what_it_cannot_draw(tmp_path, capsys, monkeypatch):
     assert main(["plot", str(tmp_path), "--what", "spectrum", "--output", str(tmp_path / "x.png")]) == 1
     assert "no low-rank part" in capsys.readouterr().err
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "x.docx")]) == 1
-    assert "docx" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "docx" in said
+    assert ".png, .svg or .pdf" in said
+    assert main(["plot", str(tmp_path), "--output", str(tmp_path / "x")]) == 1  # matplotlib would write x.png
+    assert "has no ending" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "x.png")]) == 1
     assert 'pip install "prior-hub[plots]"' in capsys.readouterr().err
-    assert not list(tmp_path.glob("x.*"))
+    assert not list(tmp_path.glob("x*"))

@@ -115,6 +115,15 @@ def test_the_picture_of_the_spectrum_holds_the_shares_of_the_dense_low_rank_part
     assert f"effective rank {p.diagnose().effective_rank:.1f} of 3" in panel.get_title()
 
 
+def test_a_direction_that_centred_deviations_cannot_have_is_neither_drawn_nor_counted(tmp_path, figures):
+    p = prior(3)
+    centred = {name: rows - rows.mean(0) for name, rows in p.deviations.items()}  # as SWAG's are: K rows, K - 1 directions
+    plot_prior(PriorModel.from_tensors(p.mean, p.variance, centred), tmp_path / "s.png", what="spectrum")
+    (panel,) = figures[0].axes
+    assert len(lines(panel)["alone"]) == 2
+    assert " of 2" in panel.get_title()
+
+
 def test_the_picture_of_the_freedom_holds_deviation_over_size_by_block(tmp_path, figures):
     p = prior(3, 4.0)
     mean = {name: torch.full_like(t, 0.5 * (i + 1)) for i, (name, t) in enumerate(p.mean.items())}

@@ -80,7 +80,8 @@ class PriorComparison:
         match: names of the first prior -> names of the second, and what is left over.
         num_parameters: P, values that both have.
         shares: share of the first prior's values, and of the second's, that are compared.
-        settings: what the configurations say differently, name -> (first, second); None where one says nothing.
+        settings: what the configurations say differently, name -> (first, second); None where one says nothing. Without
+            the scale where both were compared at one.
         distance_under_a: (mu_a - mu_b)^T S_a^-1 (mu_a - mu_b), without unit: P for a draw from a itself.
         distance_under_b: the same under the second prior.
         kl_ab: KL(a||b) in nats.
@@ -216,7 +217,7 @@ def compare_priors(
         match=match,
         num_parameters=count,
         shares=(count / a.num_parameters, count / b.num_parameters),
-        settings=_settings(a.config, b.config),
+        settings={k: v for k, v in _settings(a.config, b.config).items() if scale is None or k != "scale"},
         distance_under_a=found.under_a.distance,
         distance_under_b=found.under_b.distance,
         kl_ab=found.under_b.divergence(found.under_a),

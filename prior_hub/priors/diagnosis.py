@@ -8,7 +8,8 @@ useful rank     directions that hold 99 % of the low-rank variance
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from prior_hub.priors.gaussian import LowRankGaussian
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "effective_rank"]
 
 _BLOCK = 1 << 20  # entries
 _MOST_ENTRIES = 1_000_000  # of which quantiles are taken
@@ -60,12 +61,15 @@ class Diagnosis:
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
 
-def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagnosis:
+def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0, before: Sequence[float] = ()) -> Diagnosis:
     """Look at every number of a Gaussian once.
 
     Args:
         gaussian: the Gaussian, whole (not one rank's shards).
         variance_floor: the floor its variances were held to.
+        before: where directions were dropped (`PriorModel.compressed`), the variance along each one that the deviations had
+            before, in any unit: the remarks on them are about those, since a few directions that are left say nothing of how
+            the snapshots were taken.
     """
     count = max(1, gaussian.num_parameters)
     floored = 0
@@ -75,7 +79,7 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagn
     held = float(eigenvalues.sum())
     variances = sum(float(v.double().sum()) for v in _in_blocks(gaussian))
     total = gaussian.scale * gaussian.diagonal_weight * variances + gaussian.num_parameters * gaussian.eps + held
-    effective = held**2 / float(eigenvalues.square().sum()) if held > 0 else 0.0
+    effective = effective_rank(eigenvalues.tolist())
     useful = int((eigenvalues.cumsum(0) < 0.99 * held).sum()) + 1 if held > 0 else 0
     share = floored / count
     remarks = []
@@ -85,15 +89,16 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagn
             "isotropic one. The weights hardly moved between snapshots: use a larger, constant learning rate and augmentation "
             "on the source task, or a lower variance_floor."
         )
-    if gaussian.rank >= 4 and 0 < effective < 1.5:
+    taken, spanned = (len(before), effective_rank(before)) if len(before) > gaussian.rank > 0 else (gaussian.rank, effective)
+    if taken >= 4 and 0 < spanned < 1.5:
         remarks.append(
-            f"the {gaussian.rank} deviations span little more than one direction (effective rank {effective:.1f}): the weights "
+            f"the {taken} deviations span little more than one direction (effective rank {spanned:.1f}): the weights "
             "drifted along a line while snapshots were taken. Start later (start), keep the learning rate constant, or take "
             "snapshots further apart (every_n_steps)."
         )
-    elif gaussian.rank >= 8 and 0 < effective < 3:
+    elif taken >= 8 and 0 < spanned < 3:
         remarks.append(
-            f"the deviations have an effective rank of {effective:.1f} of {gaussian.rank}, that of a random walk (2.5): "
+            f"the deviations have an effective rank of {spanned:.1f} of {taken}, that of a random walk (2.5): "
             "the low-rank part says where the weights went, not how far they may go. Train longer before the first "
             "snapshot, with a larger learning rate, and take snapshots further apart (every_n_steps); or use the diagonal "
             "(prior_rank=0)."
@@ -111,6 +116,15 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0) -> Diagn
         useful_rank=useful,
         remarks=tuple(remarks),
     )
+
+
+def effective_rank(spectrum: Sequence[float]) -> float:
+    """(sum)^2 / sum of squares of the variances along each direction; 0 where they are all 0."""
+    largest = max(spectrum, default=0.0)
+    if not largest > 0:
+        return 0.0
+    shares = [value / largest for value in spectrum]  # their squares neither overflow nor vanish
+    return math.fsum(shares) ** 2 / math.fsum(share**2 for share in shares)
 
 
 def _in_blocks(gaussian: LowRankGaussian) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prior_hub.priors.diagnosis import effective_rank
 from prior_hub.priors.gaussian import LowRankGaussian
 from prior_hub.priors.tensor_files import progress
 
@@ -101,8 +102,7 @@ class Profile:
     @property
     def effective_rank(self) -> float:
         """(sum of the spectrum)^2 / sum of its squares; 0 without a low-rank part."""
-        squares = math.fsum(value**2 for value in self.spectrum)
-        return math.fsum(self.spectrum) ** 2 / squares if squares > 0 else 0.0
+        return effective_rank(self.spectrum)
 
     def blocks(self) -> tuple[BlockProfile, ...]:
         """The network's blocks, in order of their first parameter."""

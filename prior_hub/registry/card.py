@@ -595,7 +595,8 @@ def _limits(config: PriorConfig, *, made: bool) -> str:
         "- It fits models with the same network inside (names may carry another prefix); the head of the source task is "
         "not part of it.",
         "- Its scale is a choice: too small and the data cannot move the weights, too large and it does nothing. Learned "
-        "variances are often tiny, and an explicit gradient step is then unstable; `PriorTrainer` warns when it is.",
+        "variances are often tiny, and an explicit gradient step is then unstable: `PriorTrainer` takes a step of its own "
+        "there (SGD, Adam, AdamW) and warns where it cannot.",
         "- It is no better than its source task: where source and target have little in common, plain fine-tuning or an "
         "isotropic prior at the same mean can do as well or better. Compare with both.",
     ]
