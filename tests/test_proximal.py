@@ -125,6 +125,22 @@ def test_matrices_are_kept_while_the_step_changes_little_and_change_nothing_them
     assert torch.equal(flat(theta), flat(other))
 
 
+def test_matrices_are_kept_where_clipping_makes_the_step_jump_and_their_number_is_bounded(grams, monkeypatch):
+    """Clipping by the norm multiplies the step length by another number at every step."""
+    g = gaussian(3)
+    theta = {n: m + 0.5 for n, m in g.mean.items()}
+    for _ in range(5):
+        for clip in (1.0, 0.1, 0.4, 0.01):
+            g.proximal_step_(theta, dict.fromkeys(ALL, 0.1 * clip))
+    assert len(grams) // len(set(grams)) == 3 * 4 - 1  # each point once; 0.1 and 0.04 have one in common
+    monkeypatch.setattr(gaussian_module, "_KEPT", 5 * 9)
+    h = gaussian(3)
+    for exponent in range(40):
+        h.proximal_step_(theta, dict.fromkeys(ALL, 2.0**-exponent))
+        held = [m for owner in (h, h._pack().gaussian) for m in owner._grams.values()]
+        assert sum(m.numel() for m in held) <= 5 * 9
+
+
 @pytest.mark.parametrize("rank", [1, 4])
 def test_the_matrix_between_grid_points_is_within_6e_4_of_the_true_one_in_every_direction(rank):
     """Against the dense float64 matrix, for variances from far below to far above the step, and rates in a fixed relation."""
@@ -140,7 +156,8 @@ def test_the_matrix_between_grid_points_is_within_6e_4_of_the_true_one_in_every_
             c = torch.cat([torch.full((s.stop - s.start,), at[n], dtype=torch.float64) for n, s in names.items()])
             return (rows / (variance + c)) @ rows.T
 
-        g = LowRankGaussian({n: variance[s] for n, s in names.items()}, {n: variance[s] for n, s in names.items()})
+        parts = ({n: t[..., s] for n, s in names.items()} for t in (variance, variance, rows))
+        g = LowRankGaussian(*parts)
         ratio = torch.linalg.solve(gram(lengths), g._interpolated(lengths, gram))  # similar to a symmetric matrix
         worst = max(worst, float((torch.linalg.eigvals(ratio).real - 1).abs().max()))
     assert 1e-5 < worst < 6e-4  # not exact, which would mean that it was not interpolated

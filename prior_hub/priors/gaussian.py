@@ -52,6 +52,7 @@ _JOINED = 1 << 14  # entries of a tensor up to which it is joined with others
 _PIECE = 1 << 10  # entries that one float32 sum runs over
 _SMALL = 1 << 18  # K x P up to which an implicit step works in float64 throughout
 _GRAM_COST = 0.1  # of U^T (A + C)^-1 U, in products with it, for each row (measured on CPU: 0.75 at K = 5, 1 to 2 at K = 20)
+_KEPT = 1 << 22  # numbers of such matrices to keep: 32 MB
 
 _Key = tuple[int, tuple[tuple[str, float], ...]]  # of a point on the grid of step lengths
 
@@ -121,7 +122,7 @@ class LowRankGaussian:
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
-        self._grams: dict[_Key, Tensor] = {}  # of _interpolated: (K, K), at grid points near the last step
+        self._grams: dict[_Key, Tensor] = {}  # of _interpolated: (K, K), at the last grid points
         self._worn: tuple[Tensor, int] | None = None  # of _step_solution: (K, K) inverse, iterations since it was fresh
 
     def __getstate__(self) -> dict[str, Any]:
@@ -445,10 +446,16 @@ class LowRankGaussian:
         return solution
 
     def _interpolated(self, step: Mapping[str, float], gram: Callable[[Mapping[str, float]], Tensor]) -> Tensor:
-        """U^T (A + C)^-1 U at C = diag(step), to 6e-4 of itself in every direction, from its values at three points near by."""
+        """U^T (A + C)^-1 U at C = diag(step), to 6e-4 of itself in every direction, from its values at three points near by.
+
+        Those of the last points are kept: a schedule goes on to the next one, and clipping jumps between many.
+        """
         known, points = self._grams, list(_grid(step))  # once: another thread may step too
-        self._grams = kept = {key: known[key] if key in known else gram(lengths) for key, lengths, _ in points}
-        return torch.stack([weight * kept[key] for key, _, weight in points]).sum(0)
+        used = {key: known[key] if key in known else gram(lengths) for key, lengths, _ in points}
+        kept = {key: found for key, found in known.items() if key not in used} | used  # the last used last
+        most = max(3, min(64, _KEPT // self.rank**2))
+        self._grams = dict(list(kept.items())[-most:])
+        return torch.stack([weight * used[key] for key, _, weight in points]).sum(0)
 
     def _elementwise(self, theta: Mapping[str, Tensor]) -> torch.dtype:
         """The type of the elementwise work."""
