@@ -133,3 +133,30 @@ def test_an_unknown_key_is_refused(folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
     assert done.returncode != 0
     assert "the names are stage, method, n, seed, strength" in done.stderr
+
+
+def test_the_prior_with_decay_is_the_normalised_product_of_the_two(folder, monkeypatch):
+    import torch
+    from priors_for_tests import random_prior
+
+    monkeypatch.syspath_prepend(str(GRID))
+    from with_decay import with_decay
+
+    prior, variance = random_prior(0, 3, scale=4.0), 0.3
+
+    def dense(p):
+        flat = torch.cat([t.reshape(3, -1).double() for t in p.deviations.values()], dim=1)
+        mean, spread = (torch.cat([t.flatten().double() for t in kind.values()]) for kind in (p.mean, p.variance))
+        c = p.config
+        diagonal = c.scale * c.diagonal_weight * spread + c.eps
+        return mean, diagonal.diag() + c.scale * c.low_rank_weight * flat.T @ flat
+
+    mean, covariance = dense(prior)
+    found_mean, found = dense(with_decay(prior, variance))
+    wanted = torch.linalg.inv(torch.linalg.inv(covariance) + torch.eye(len(mean)).double() / variance)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found_mean, wanted @ torch.linalg.solve(covariance, mean), rtol=1e-5, atol=1e-6)
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    printed = run(folder, "with_decay.py", folder / "tiny.toml", "--n", "30", "--scale", "10", "--work", folder / "work")
+    assert "NLL " in printed
