@@ -7,8 +7,8 @@ The prior becomes the product N(mean, scale Sigma) N(0, variance I), normalised,
     Sigma' = (Sigma^-1 + I / variance)^-1        mean' = mean - Sigma' mean / variance
 
 so that weights which the source task left free go towards zero and the others stay at the mean. Prints the scores on the
-held-out fifth of the seed's n images, of a fine-tuning like every other cell's (cells.py); no test image is looked at. A scale of 1e9
-leaves the zero-mean prior alone.
+held-out fifth of the seed's n images, of a fine-tuning like every other cell's (cells.py); no test image is looked at.
+A scale of 1e9 leaves the zero-mean prior alone.
 """
 
 from __future__ import annotations
