@@ -1,7 +1,7 @@
 """Pictures: methods compared, a prior at a glance, calibration, chains, segmentations. The one place with matplotlib.
 
 Figures are made without pyplot, so that neither a display nor a global state is needed, and are written as files whose
-ending names the format (.png, .pdf, .svg).
+ending names the format (.png, .pdf, .svg); another ending is a ValueError.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from prior_hub.priors.profile import Profile, profile
 __all__ = [
     "PICTURES",
     "card_pictures",
+    "check_picture",
     "plot_average",
     "plot_comparison",
     "plot_prior",
@@ -134,7 +135,7 @@ def plot_prior(
         raise ValueError(f"what is {what!r}, expected one of {', '.join(map(repr, PICTURES))}.")
     if what == "spectrum" and not prior.gaussian._low_rank_scale():
         raise ValueError("the prior has no low-rank part, and so no spectrum: it is diagonal.")
-    _checked(_figure(1, 1), path)  # before anything is read: matplotlib may be missing, the ending unknown
+    check_picture(path)  # before anything is read: matplotlib may be missing, the ending unknown
     return _draw_prior(prior, path, what, found or profile(prior.gaussian, title=_name(prior)), title)
 
 
@@ -539,23 +540,30 @@ def _tidy(panel: Any) -> None:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    target = _checked(figure, path)
+    kind = check_picture(path)
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target)
+    figure.savefig(target, format=kind)
     return target
 
 
-def _checked(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """The path, if its ending is that of a kind of picture that can be written."""
+def check_picture(path: str | os.PathLike[str]) -> str:
+    """The kind of picture that the path's ending names, such as "png", before the work of drawing it.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the ending names no kind that can be written.
+    """
     target = Path(path)
-    kinds = sorted(figure.canvas.get_supported_filetypes())
-    if target.suffix.lower().removeprefix(".") not in kinds:
-        ending = f"ends in {target.suffix!r}" if target.suffix else "has no ending"
+    kinds = sorted(_figure(1, 1).canvas.get_supported_filetypes())
+    suffix = os.path.splitext(target.name)[1].lower()  # noqa: PTH122 - Path.suffix takes "..png" for an ending
+    if suffix.removeprefix(".") not in kinds:
+        ending = f"ends in {suffix!r}" if suffix else "has no ending"
         raise ValueError(
             f"cannot draw {str(target)!r}: it {ending}, which names no kind of picture. Use .png, .svg or .pdf (or one of "
             f"{', '.join(kinds)})."
         )
-    return target
+    return suffix.removeprefix(".")
 
 
 # ------------------------------------------------------------------------------------------------ pictures of a prior

@@ -272,6 +272,8 @@ def test_plot_says_what_it_cannot_draw(tmp_path, capsys, monkeypatch):
     assert ".png, .svg or .pdf" in said
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "x")]) == 1  # matplotlib would write x.png
     assert "has no ending" in capsys.readouterr().err
+    assert main(["plot", str(tmp_path / "none"), "--output", str(tmp_path / "x..")]) == 1  # before a prior is looked for
+    assert "names no kind of picture" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "x.png")]) == 1
     assert 'pip install "prior-hub[plots]"' in capsys.readouterr().err

@@ -115,6 +115,14 @@ def test_the_picture_of_the_spectrum_holds_the_shares_of_the_dense_low_rank_part
     assert f"effective rank {p.diagnose().effective_rank:.1f} of 3" in panel.get_title()
 
 
+@pytest.mark.parametrize("name", ["..png", ".png", "a.b/x", "x.", "x.png.bak"])
+def test_a_file_whose_ending_names_no_picture_is_refused_and_not_written_under_another_name(tmp_path, name):
+    with pytest.raises(ValueError, match="names no kind of picture"):
+        plot_prior(prior(3), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert plot_prior(prior(3), tmp_path / "x.PNG").read_bytes()[:4] == PNG
+
+
 def test_a_direction_that_centred_deviations_cannot_have_is_neither_drawn_nor_counted(tmp_path, figures):
     p = prior(3)
     centred = {name: rows - rows.mean(0) for name, rows in p.deviations.items()}  # as SWAG's are: K rows, K - 1 directions

@@ -202,9 +202,10 @@ def _plot(arguments: argparse.Namespace) -> int:
     from prior_hub.model import PriorModel
 
     try:
-        from prior_hub.plots import plot_prior
+        from prior_hub.plots import check_picture, plot_prior
         from prior_hub.priors.profile import profile
 
+        check_picture(arguments.output)  # before a prior is downloaded
         place = {"revision": arguments.revision, "subfolder": arguments.subfolder}
         prior = PriorModel.from_pretrained(arguments.prior, scale=arguments.scale, **place)
         found = profile(prior.gaussian, title=arguments.prior) if arguments.json else None

@@ -31,7 +31,7 @@ from prior_hub.inference.baoa import BoundGaussian
 from prior_hub.model import PriorModel
 from prior_hub.priors.architecture import match_config
 from prior_hub.priors.config import PriorConfig
-from prior_hub.priors.gaussian import LowRankGaussian
+from prior_hub.priors.gaussian import LowRankGaussian, check_length
 from prior_hub.priors.matching import Match, NameMap, canonical_parameters
 
 __all__ = ["PriorPenalty"]
@@ -276,9 +276,15 @@ class PriorPenalty:
 
         Returns:
             The penalty (head prior included) at the new weights in nats, 0-d float64.
+
+        Raises:
+            ValueError: a number is negative, above 1e300 or NaN (nothing has moved then); or the prior is taken through
+                adapters.
         """
         self.refuse_adapters("an implicit step")
         steps: dict[str, float | Tensor] = {}
+        for name, parameter in self.trained_parameters().items():  # before anything moves
+            check_length(name, lengths.get(id(parameter), 0.0))
         for name in self._trained:
             if (length := lengths.get(id(self._parameters[name]))) is not None:
                 steps[name] = length / self.num_examples

@@ -110,7 +110,8 @@ class ProximalStep:
             optimizer.zero_grad()
 
     It hangs on the optimizer itself, so it counts once per optimizer step under gradient accumulation, and a step that a
-    GradScaler skips is skipped here too. It has no state that a checkpoint would have to hold.
+    GradScaler skips is skipped here too. It has no state that a checkpoint would have to hold: what its Gaussian keeps
+    from step to step saves work, and changes nothing beyond rounding (with SGD at one learning rate, nothing at all).
 
     Args:
         penalty: the bound prior.

@@ -122,7 +122,8 @@ class LowRankGaussian:
         self._contributions = None if contributions is None else dict(contributions)
         self._sum = sum_over_ranks
         self._factor: Tensor | None = None
-        self._grams: dict[_Key, Tensor] = {}  # of _interpolated: (K, K), at the last grid points
+        self._count: float | None = None  # of _entries
+        self._grams: dict[tuple[torch.dtype, *_Key], Tensor] = {}  # of _interpolated: (K, K), at the last grid points
         self._worn: tuple[Tensor, int] | None = None  # of _step_solution: (K, K) inverse, iterations since it was fresh
 
     def __getstate__(self) -> dict[str, Any]:
@@ -316,13 +317,12 @@ class LowRankGaussian:
 
         Raises:
             PriorMatchError: a name is missing or a shape differs.
-            ValueError: a number is negative, infinite or NaN.
+            ValueError: a number is negative, above 1e300 or NaN.
         """
         self._checked_names(theta)
         for name, length in step.items():
             known = name in self.mean
-            if not isinstance(length, Tensor) and not 0 <= length < math.inf:
-                raise ValueError(f"the step of {name!r} is {length}, expected a finite length >= 0.")
+            check_length(name, length)
             if not known or (isinstance(length, Tensor) and length.ndim and length.shape != self.mean[name].shape):
                 raise PriorMatchError(f"cannot step {name!r}: no such parameter, or the step has another shape.")
         _refuse_shared_memory({name: theta[name] for name in step})
@@ -333,7 +333,8 @@ class LowRankGaussian:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if not lengths:
                 return self._evaluate(theta)
-            packed = self._pack()
+            # joined tensors of different lengths take another path: ranks, which hold different ones, would part ways
+            packed = self._pack() if self._sum is None else None
             return self._step(theta, lengths, device) if packed is None else packed.step_(theta, lengths, device)
 
     def _step(self, theta: Mapping[str, Tensor], step: dict[str, float | Tensor], device: torch.device) -> Tensor:
@@ -375,12 +376,16 @@ class LowRankGaussian:
         So the system is solved by conjugate gradients, at one pass per iteration, with the inverse of a matrix near by:
 
         - numbers: of U^T (A + C)^-1 U interpolated between learning rates on a fixed grid, whose matrices are kept. It is
-          within 6e-4 of the true one in every direction (see `_grid`), so that two iterations bring seven digits.
+          within 1e-3 of the true one in every direction (see `_grid`), so that two iterations bring six to seven digits.
         - tensors (Adam's): of the matrix of an earlier step, made anew when the iterations that it costs have added up to
           what a new one takes.
+
+        Where that does not settle, because float32 is too coarse or an earlier matrix too far away, all is done once more
+        in the accumulator's type with the matrix of this C. Every rank of a sharded Gaussian takes the same path: what
+        decides are lengths, which are the same on all, and sums over the ranks.
         """
         accumulator, low_rank = _accumulator(device), self._low_rank_scale()
-        small = self.rank * self.num_parameters <= _SMALL  # then all in float64: it costs nothing
+        small = self.rank * self._entries() <= _SMALL  # then all in float64: it costs nothing
         work = accumulator if small else self._elementwise(theta)
 
         flat = {name: theta[name].detach().reshape(-1) for name in self.names}
@@ -391,20 +396,31 @@ class LowRankGaussian:
             length = _block(at.get(block.name, 0.0), block.start, block.stop, dtype, device)
             return self._scaled_variance(block, scratch, dtype).add_(length)
 
-        def through(vector: Tensor) -> Tensor:
-            """(I + U^T (A + C)^-1 U) vector."""
-            combination = vector.to(work)
-            tables = None if small else self._fused(given)
+        def summed(local: Tensor) -> Tensor:
+            return local if self._sum is None else self._sum(local)
+
+        def right_side(dtype: torch.dtype, tables: Tables | None) -> Tensor:
+            """U^T (A + C)^-1 delta, (K,)."""
 
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
-                whole = denominator(block, step, scratch, work)
+                offset = self._offset(block, flat[block.name], scratch, dtype)
+                self._project(block, offset.div_(denominator(block, step, scratch, dtype)), total, scratch)
+
+            return low_rank * summed(tables.project(flat, step) if tables else self._sweep(visit, (self.rank,)))
+
+        def through(vector: Tensor, dtype: torch.dtype, tables: Tables | None) -> Tensor:
+            """(I + U^T (A + C)^-1 U) vector."""
+            combination = vector.to(dtype)
+
+            def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
+                whole = denominator(block, step, scratch, dtype)
                 weight = self._weight(block.name)
-                for start, stop, rows in self._row_parts(block, scratch, work, copied=True):  # read once, then in cache
-                    image = torch.mv(rows.T, combination, out=scratch.take("image", (stop - start,), work))
+                for start, stop, rows in self._row_parts(block, scratch, dtype, copied=True):  # read once, then in cache
+                    image = torch.mv(rows.T, combination, out=scratch.take("image", (stop - start,), dtype))
                     total.add_(torch.mv(rows, image.div_(whole[start:stop])), alpha=weight)
 
-            out = tables.through(vector, step) if tables else self._sweep(visit, (self.rank,))
-            return vector + low_rank**2 * (out if self._sum is None else self._sum(out))
+            out = summed(tables.through(vector, step) if tables else self._sweep(visit, (self.rank,)))
+            return vector + low_rank**2 * out
 
         def gram(at: Mapping[str, float | Tensor], dtype: torch.dtype) -> Tensor:
             """U^T (A + C)^-1 U at one C, (K, K)."""
@@ -412,45 +428,44 @@ class LowRankGaussian:
             def visit(block: Block, scratch: Scratch, total: Tensor) -> None:
                 self._add_gram(block, denominator(block, at, scratch, dtype), total, scratch)
 
-            found = self._sweep(visit, (self.rank, self.rank))
-            found = found if self._sum is None else self._sum(found)
+            found = summed(self._sweep(visit, (self.rank, self.rank)))
             return (0.5 * low_rank**2) * (found + found.T)
 
-        def project(block: Block, scratch: Scratch, total: Tensor) -> None:
-            scaled = self._offset(block, flat[block.name], scratch, work).div_(denominator(block, step, scratch, work))
-            self._project(block, scaled, total, scratch)
+        def solved(dtype: torch.dtype, inverse: Tensor | None, tables: Tables | None = None) -> tuple[Tensor, int | None]:
+            right = right_side(dtype, tables)
+            if inverse is None or not torch.isfinite(right).all():  # of weights or lengths that are not
+                return torch.full_like(right, math.nan), None
+            tolerance = 1e-13 if dtype == torch.float64 else 1e-7
+            return _conjugate_gradients(lambda v: through(v, dtype, tables), right, inverse, tolerance)
 
-        tables = None if small else self._fused(given)
-        right = tables.project(flat, step) if tables else self._sweep(project, (self.rank,))
-        right = low_rank * (right if self._sum is None else self._sum(right))
-        if not torch.isfinite(right).all():  # the weights or the step lengths are not: nothing to solve
-            return torch.full_like(right, math.nan)
-        tolerance = 1e-13 if work == torch.float64 else 1e-7
         numbers = {name: length for name, length in step.items() if not isinstance(length, Tensor)}
         worn = self._worn  # once: another thread may step too
         if len(numbers) == len(step):
-            inverse, worn = _inverse(self._interpolated(numbers, lambda at: gram(at, work))), None
-        elif worn is not None:
-            inverse = worn[0]
+            inverse, worn = _inverse(self._interpolated(numbers, work, lambda at: gram(at, work))), None
         else:
-            inverse, worn = (made := _inverse(gram(step, work))), (made, 0)
-        solution, iterations = _conjugate_gradients(through, right, inverse, tolerance)
-        if iterations is None:  # C has moved far from the one that was factorised, or float32 was too coarse for it
+            if worn is None and (made := _inverse(gram(step, work))) is not None:
+                worn = (made, 0)
+            inverse = None if worn is None else worn[0]
+        solution, iterations = solved(work, inverse, None if small else self._fused(given))
+        if iterations is None:
             inverse = _inverse(gram(step, accumulator))
-            solution, _ = _conjugate_gradients(through, right, inverse, tolerance)
-            worn = None if worn is None else (inverse, 0)
+            solution, _ = solved(accumulator, inverse)
+            worn = None if worn is None or inverse is None else (inverse, 0)
         elif worn is not None:
             spent = worn[1] + max(0, iterations - (4 if work == torch.float64 else 2))  # which it takes with a fresh one
-            worn = (inverse, spent) if spent <= self.rank * _GRAM_COST else None
+            worn = (worn[0], spent) if spent <= self.rank * _GRAM_COST else None
         self._worn = worn
         return solution
 
-    def _interpolated(self, step: Mapping[str, float], gram: Callable[[Mapping[str, float]], Tensor]) -> Tensor:
-        """U^T (A + C)^-1 U at C = diag(step), to 6e-4 of itself in every direction, from its values at three points near by.
+    def _interpolated(
+        self, step: Mapping[str, float], dtype: torch.dtype, gram: Callable[[Mapping[str, float]], Tensor]
+    ) -> Tensor:
+        """U^T (A + C)^-1 U at C = diag(step), to 1e-3 of itself in every direction, from its values at three points near by.
 
         Those of the last points are kept: a schedule goes on to the next one, and clipping jumps between many.
         """
-        known, points = self._grams, list(_grid(step))  # once: another thread may step too
+        known = self._grams  # once: another thread may step too
+        points = [((dtype, *key), lengths, weight) for key, lengths, weight in _grid(step)]
         used = {key: known[key] if key in known else gram(lengths) for key, lengths, _ in points}
         kept = {key: found for key, found in known.items() if key not in used} | used  # the last used last
         most = max(3, min(64, _KEPT // self.rank**2))
@@ -1009,6 +1024,12 @@ class LowRankGaussian:
     def _weight(self, name: str) -> float:
         return 1.0 if self._contributions is None else self._contributions[name]
 
+    def _entries(self) -> float:
+        """`_total_entries`, summed over the ranks once."""
+        if self._count is None:
+            self._count = self._total_entries()
+        return self._count
+
     def _total_entries(self) -> float:
         total = sum(self._weight(name) * t.numel() for name, t in self.mean.items())
         if self._sum is None:
@@ -1184,8 +1205,9 @@ def _grid(step: Mapping[str, float]) -> Iterator[tuple[_Key, dict[str, float], f
 
     As a function of s = log c, 1 / (a + c) times sqrt(c) is 1 / (a e^(-s/2) + e^(s/2)), which three points log(2)/2 apart
     give to 6e-4 of itself for every a > 0 (Lagrange's parabola). U^T (A + C)^-1 U is a sum of such terms with positive
-    semi-definite coefficients, so what holds for each holds for it. The grid does not depend on the steps before, and so
-    neither does a result, to the bit.
+    semi-definite coefficients, so what holds for each holds for it. Where names have different lengths, their relation to the
+    largest is rounded to 1/1024 of an octave, another 3.4e-4 at most; a relation that changes at every step makes three new
+    points each time. The grid does not depend on the steps before, and so neither does the matrix, to the bit.
 
     Args:
         step: name -> length > 0.
@@ -1194,19 +1216,30 @@ def _grid(step: Mapping[str, float]) -> Iterator[tuple[_Key, dict[str, float], f
         (what identifies the point, name -> length there, weight), for the nearest point and those on both sides of it.
     """
     lengths = {name: math.log2(length) for name, length in step.items()}
-    first = next(iter(lengths.values()))
-    # relations between learning rates stay what they are while a schedule runs; to 1 % if they do not
-    relations = tuple((name, round(64 * (length - first)) / 64) for name, length in lengths.items())
-    nearest = round(2 * first)
-    t = 2 * first - nearest  # -1/2 to 1/2
+    largest = max(lengths.values())
+    relations = tuple((name, round(1024 * (length - largest)) / 1024) for name, length in lengths.items())
+    nearest = round(2 * largest)
+    t = 2 * largest - nearest  # -1/2 to 1/2
     for offset, weight in ((-1, 0.5 * t * (t - 1)), (0, 1 - t * t), (1, 0.5 * t * (t + 1))):
         at = {name: 2.0 ** ((nearest + offset) / 2 + relation) for name, relation in relations}
         yield (nearest + offset, relations), at, weight * 2.0 ** ((offset - t) / 4)
 
 
-def _inverse(gram: Tensor) -> Tensor:
-    """(I + gram)^-1, (K, K), of a positive semi-definite matrix: its small eigenvalues may be off by rounding, and negative."""
-    values, vectors = torch.linalg.eigh(gram.cpu())
+def check_length(name: str, length: float | Tensor) -> None:
+    """Raise `ValueError` where a number is no step length; tensors are not looked into."""
+    if not isinstance(length, Tensor) and not 0 <= length <= 1e300:
+        raise ValueError(f"the step of {name!r} is {length}, expected a length between 0 and 1e300.")
+
+
+def _inverse(gram: Tensor) -> Tensor | None:
+    """(I + gram)^-1, (K, K), of a positive semi-definite matrix; None of one that is not finite.
+
+    Its small eigenvalues may be off by rounding, and negative.
+    """
+    there = gram.cpu()
+    if not torch.isfinite(there).all():
+        return None
+    values, vectors = torch.linalg.eigh(there)
     inverse: Tensor = ((vectors / (1 + values.clamp(min=0))) @ vectors.T).to(gram.device)
     return inverse
 
@@ -1219,7 +1252,9 @@ def _conjugate_gradients(
     direction = preconditioned = inverse @ residual
     size = first = float(residual @ preconditioned)
     for taken in range(iterations):
-        if not size > tolerance**2 * first:
+        if not math.isfinite(size):
+            break
+        if size <= tolerance**2 * first:
             return x, taken
         image = matrix(direction)
         length = size / float(direction @ image)
@@ -1227,7 +1262,7 @@ def _conjugate_gradients(
         preconditioned = inverse @ residual
         before, size = size, float(residual @ preconditioned)
         direction = preconditioned + (size / before) * direction
-    return x, None if size > tolerance**2 * first else iterations
+    return x, iterations if size <= tolerance**2 * first else None
 
 
 def truncated_weights(rank: int, kept: int, diagonal: float, low_rank: float) -> tuple[float, float]:
