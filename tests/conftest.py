@@ -30,3 +30,17 @@ def hub() -> HubServer:
 def _no_faults_left():
     yield
     _HUB.clear_faults()
+
+
+@pytest.fixture
+def real_waits() -> None:
+    """For tests of the waits themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(request, monkeypatch):
+    """Between two tries of a request: what is tried again, and how often, stays as it is."""
+    from prior_hub.registry import client
+
+    if "real_waits" not in request.fixturenames:
+        monkeypatch.setattr(client, "_WAIT", 0.02)

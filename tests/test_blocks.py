@@ -223,6 +223,7 @@ def test_where_no_thread_can_be_started_the_caller_does_the_work(threads, monkey
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.slow
 def test_a_thread_that_outlives_the_main_thread_goes_on():
     program = """
 import sys, threading, torch

@@ -336,6 +336,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_large_prior_stays_on_the_disk_while_it_is_compared(tmp_path):
     """Two priors of 32 MB of rows each, as they lie on the disk: what is taken of memory that is not the file's own pages."""
     n, rank = 1_000_000, 8

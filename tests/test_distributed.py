@@ -125,6 +125,7 @@ def flat(tensors, names) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- DDP and FSDP2, training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RUNS, *IMPLICIT_RUNS, *SAMPLED_RUNS])
 def test_final_weights_are_those_of_one_process(ranks, one_process, name):
     """Six steps with accumulation 2 and clipping, under a prior whose gradient is clipped along with the data's."""
@@ -145,6 +146,7 @@ def test_final_weights_are_those_of_one_process(ranks, one_process, name):
         assert torch.equal(tensor, group(other, name, "weight")[key])  # both ranks hold the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_prior_counts_once_per_optimizer_step_on_every_rank_clipped_and_not(ranks, folder, name):
     """Gradients that the optimizer is given, minus those of a plain Trainer on as many ranks at the same weights."""
@@ -171,6 +173,7 @@ def test_the_prior_counts_once_per_optimizer_step_on_every_rank_clipped_and_not(
             assert (flat(clipped, ours) - expected).norm() / expected.norm() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLED_RUNS)
 def test_samples_and_their_average_are_those_of_one_process(ranks, one_process, name):
     """Written once, in full shape, with BatchNorm statistics over the batches of both ranks."""
@@ -188,6 +191,7 @@ def test_samples_and_their_average_are_those_of_one_process(ranks, one_process, 
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @fsdp2
 def test_a_sharded_chain_has_noise_of_its_own_for_each_shard_and_none_for_each_rank(ranks, one_process):
     """All ranks hold the same full weights, which are neither those of one process nor those without noise."""
@@ -206,12 +210,14 @@ def test_a_sharded_chain_has_noise_of_its_own_for_each_shard_and_none_for_each_r
     assert torch.corrcoef(torch.stack([rows[:half].flatten(), rows[half:].flatten()]))[0, 1].abs() < 0.5
 
 
+@pytest.mark.slow
 @fsdp2
 def test_some_shards_are_empty_and_some_uneven(ranks):
     """A class token of one row leaves nothing for the second rank; a head of three classes is two rows and one."""
     assert [facts["fsdp vit"]["empty_shards"] for facts, _ in ranks] == [0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPLICIT_RUNS)
 def test_the_implicit_step_of_two_processes_is_taken_where_a_gradient_step_would_diverge(ranks, name):
     for facts, _ in ranks:
@@ -220,6 +226,7 @@ def test_the_implicit_step_of_two_processes_is_taken_where_a_gradient_step_would
         assert facts[name]["warnings"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RUNS, *IMPLICIT_RUNS])
 def test_logs_are_those_of_one_process_and_of_the_formula(ranks, one_process, folder, name):
     (facts, tensors), (others, _) = ranks
@@ -245,6 +252,7 @@ def test_logs_are_those_of_one_process_and_of_the_formula(ranks, one_process, fo
     assert facts[name]["curvature"] == pytest.approx(largest / ROWS, rel=0.03)  # power iteration: a few per cent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_only_the_head_that_ignores_num_items_in_batch_warns(ranks, name):
     for facts, _ in ranks:
@@ -256,6 +264,7 @@ def test_only_the_head_that_ignores_num_items_in_batch_warns(ranks, name):
             assert messages == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_swag_callback_learns_the_prior_of_one_process(ranks, one_process, name):
     """Mean, variance, deviations and BatchNorm statistics over the batches of both ranks, gathered in full shape."""
@@ -275,6 +284,7 @@ def test_swag_callback_learns_the_prior_of_one_process(ranks, one_process, name)
             assert difference.norm() / flat(theirs, ours).norm() < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FSDP2_RUNS)
 def test_evaluation_after_training_sees_the_final_weights_not_the_mean(ranks, name):
     """The pass for BatchNorm statistics runs at the mean, and FSDP2 would keep the weights it gathered for it."""
@@ -283,6 +293,7 @@ def test_evaluation_after_training_sees_the_final_weights_not_the_mean(ranks, na
         assert before == pytest.approx(after, rel=1e-6)
 
 
+@pytest.mark.slow
 @fsdp2
 def test_a_prior_binds_to_the_shards_right_after_an_evaluation(ranks, folder):
     facts, tensors = ranks[0]
@@ -299,6 +310,7 @@ def test_a_prior_binds_to_the_shards_right_after_an_evaluation(ranks, folder):
     assert "add_gradient_()" in found["loss refused"]
 
 
+@pytest.mark.slow
 @fsdp2
 def test_training_right_after_an_evaluation_trains_every_parameter(ranks, one_process, folder):
     _, tensors = ranks[0]
@@ -313,6 +325,7 @@ def test_training_right_after_an_evaluation_trains_every_parameter(ranks, one_pr
         assert (tensor - prior.mean.get(name, group(tensors, "fsdp vit", "weight")[name])).norm() > 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FSDP2_RUNS)
 def test_swag_state_of_a_sharded_model_is_saved_by_every_rank_and_resumed(ranks, name):
     resumed = name.replace("fsdp", "resumed")
@@ -327,6 +340,7 @@ def test_swag_state_of_a_sharded_model_is_saved_by_every_rank_and_resumed(ranks,
         assert f"{wanted[facts[resumed]['rank']]} is the state of another run" in facts[resumed]["refused"]
 
 
+@pytest.mark.slow
 def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):
     for facts, _ in ranks:
         for message in facts["version 1"]["said"]:
@@ -334,6 +348,7 @@ def test_fsdp_version_1_is_refused_by_its_name_whichever_way_it_wraps(ranks):
             assert "Use FSDP2" in message
 
 
+@pytest.mark.slow
 @fsdp2
 def test_twenty_sharded_steps_and_the_prior_learned_on_the_way_are_those_of_one_process_to_a_millionth(ranks, one_process):
     """Every weight, mean, deviation and standard deviation, in the weights' own unit; none of them is above 2."""
@@ -352,6 +367,7 @@ def test_twenty_sharded_steps_and_the_prior_learned_on_the_way_are_those_of_one_
     assert flat(group(tensors, "fsdp long", "deviations"), group(tensors, "fsdp long", "deviations")).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @fsdp2
 def test_each_of_two_ranks_holds_half_of_the_prior(ranks, folder):
     prior = PriorModel.from_pretrained(folder / "prior" / "long")
@@ -363,6 +379,7 @@ def test_each_of_two_ranks_holds_half_of_the_prior(ranks, folder):
     assert held == pytest.approx([everything / 2, everything / 2], rel=0.05)
 
 
+@pytest.mark.slow
 @fsdp2
 def test_swag_callback_writes_the_prior_of_a_sharded_model(ranks, folder):
     written = PriorModel.from_pretrained(folder / "written")

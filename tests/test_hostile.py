@@ -71,6 +71,7 @@ def outcomes(good, tmp_path_factory) -> dict[tuple[str, str], dict[str, Any]]:
         shutil.rmtree(root, ignore_errors=True)
 
 
+@pytest.mark.slow
 @linux
 def test_good_priors_are_read_in_every_way_as_the_control(outcomes):
     for form in ("single", "sharded"):
@@ -78,6 +79,7 @@ def test_good_priors_are_read_in_every_way_as_the_control(outcomes):
             assert outcomes[f"good {form}", way]["kind"] == ""
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_hostile_prior_is_refused_in_time_in_little_memory_and_in_words(outcomes, name):

@@ -393,6 +393,7 @@ def test_every_optimizer_reaches_the_closed_form_map_of_a_stiff_quadratic(name, 
     assert 0.05 * gradient_form.curvature() > 1e5  # learning rate x precision / N: 2 is the limit of a gradient step
 
 
+@pytest.mark.slow
 def test_in_float32_it_reaches_the_map_to_the_precision_of_a_stored_weight():
     model, prior = Quadratic(torch.float32), stiff_prior(dtype=torch.float32)
     solution, _ = closed_form(model, prior)

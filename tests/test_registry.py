@@ -755,6 +755,7 @@ def test_a_pull_request_whose_answer_is_lost_is_found_and_opened_once(hub, repo,
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.usefixtures("real_waits")
 def test_a_commit_that_fails_is_tried_again_and_made_once(hub, repo, cache, status, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(client.time, "sleep", waits.append)

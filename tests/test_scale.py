@@ -174,6 +174,7 @@ def test_held_out_examples_are_measured_and_never_trained_on_while_searching(tmp
     assert trainer.model.seen[True] == everything  # then all
 
 
+@pytest.mark.slow
 def test_prior_num_examples_shrinks_with_the_training_set_while_searching(tmp_path):
     prior, rows, _ = problem(3.0)
     trainer = trainer_of(tmp_path, prior, rows, prior_num_examples=1000)
@@ -182,6 +183,7 @@ def test_prior_num_examples_shrinks_with_the_training_set_while_searching(tmp_pa
     assert trainer.prior_penalty.num_examples == 1000
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_scale_and_ends_where_the_uninterrupted_one_does(tmp_path):
     prior, rows, _ = problem(3.0)
     settings = {"save_strategy": "steps", "save_steps": 60, "max_steps": 120, "seed": 1}
@@ -233,6 +235,7 @@ def test_find_scale_is_what_auto_chooses_and_leaves_the_trainer_as_it_was(tmp_pa
     assert len(choice.trials) == 8 + 13  # head variances, then scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "falls"), [("linear", True), ("cosine", True), ("constant", False)])
 def test_the_learning_rate_falls_on_every_rung_where_the_trainings_does(tmp_path, schedule, falls):
     prior, rows, _ = problem(3.0)
@@ -262,6 +265,7 @@ def test_the_choice_is_by_the_nll_smoothed_over_neighbours():
     assert best([*trials[:4], ScaleTrial(1e4, None, math.inf)]).scale == 1e3  # by hand: 1.75, 1.5, 1.55, 1.4
 
 
+@pytest.mark.slow
 def test_select_scale_measures_what_separate_trainings_on_four_fifths_measure(tmp_path):
     prior, rows, _ = problem(3.0)
     trainer = trainer_of(tmp_path, prior, rows, prior_scale=1.0, max_steps=40)
@@ -369,6 +373,7 @@ def test_an_optimizer_that_was_given_is_refused(tmp_path):
         PriorTrainer(model=model, args=args, train_dataset=rows, prior=prior, optimizers=(optimizer, None))
 
 
+@pytest.mark.slow
 def test_the_evaluation_set_stays_the_evaluation_set_where_its_loader_is_kept(tmp_path):
     prior, rows, test = problem(3.0)
     trainer = trainer_of(tmp_path, prior, rows, dataloader_num_workers=1, dataloader_persistent_workers=True, max_steps=10)
@@ -380,6 +385,7 @@ def test_the_evaluation_set_stays_the_evaluation_set_where_its_loader_is_kept(tm
     assert trainer.get_eval_dataloader() is kept
 
 
+@pytest.mark.slow
 def test_dataloader_drop_last_does_not_drop_held_out_examples(tmp_path):
     prior, rows, _ = problem(3.0)
     settings = {"prior_scale": 1.0, "max_steps": 10, "per_device_eval_batch_size": 10}
@@ -424,6 +430,7 @@ def test_buffers_that_are_not_saved_and_modes_are_put_back_too(tmp_path):
     assert not model.still.training
 
 
+@pytest.mark.slow
 def test_bfloat16_leaves_the_model_in_float32_and_accelerate_without_memories(tmp_path):
     prior, rows, _ = problem(3.0)
     for mode in ("bf16_full_eval", "bf16"):
@@ -478,6 +485,7 @@ def test_an_interrupted_search_leaves_neither_hooks_nor_a_trainer_in_training(tm
     assert trainer.prior_update is None
 
 
+@pytest.mark.slow
 def test_a_search_that_begins_again_with_smaller_batches_forgets_what_it_measured(tmp_path):
     prior, rows, _ = problem(3.0)
     raised = []
@@ -497,6 +505,7 @@ def test_a_search_that_begins_again_with_smaller_batches_forgets_what_it_measure
     assert [t.scale for t in trainer.prior_scale_choice.trials] == pytest.approx(scale_ladder(prior.gaussian))
 
 
+@pytest.mark.slow
 def test_no_loss_in_evaluation_is_said(tmp_path):
     prior, rows, _ = problem(3.0)
 
@@ -553,6 +562,7 @@ def test_the_steps_of_a_grid_are_those_that_were_taken(tmp_path):
     assert select_scale(trainer, [1.0, 10.0]).steps == 2 * 64 / 16
 
 
+@pytest.mark.slow
 def test_head_variances_that_overshoot_are_left_out_and_not_the_scales(tmp_path):
     prior = random_prior(tiny_vit())
     chosen = {"max_steps": 5, "per_device_train_batch_size": 8, "prior_scale": "auto", "prior_head_variance": "auto"}
@@ -567,6 +577,7 @@ def test_head_variances_that_overshoot_are_left_out_and_not_the_scales(tmp_path)
     assert 0.5 / (narrowest / 10**0.5) / 32 > 2
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_an_implicit_step_begins_where_its_steps_are_stable(tmp_path):
     prior, rows, _ = problem(3.0)
     args = quiet_arguments(tmp_path, PriorTrainingArguments, max_steps=60, learning_rate=0.1, prior_scale="auto")
@@ -638,6 +649,7 @@ def test_a_trial_that_diverged_is_written_as_json_that_every_reader_takes():
     assert ScaleChoice.from_json(older) == choice
 
 
+@pytest.mark.slow
 def test_hyperparameter_search_sets_the_scale_of_each_trial(tmp_path):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)

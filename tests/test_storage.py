@@ -614,6 +614,7 @@ def test_verifying_reads_each_byte_once_and_holds_none_of_them(large):
     assert peak_memory_of(lambda: read_prior(large)) < 60_000_000  # two blocks of 8 MiB, and what hashing needs
 
 
+@pytest.mark.slow
 def test_a_thread_that_outlives_the_main_thread_saves_and_loads(tmp_path):
     program = """
 import sys, threading

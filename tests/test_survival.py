@@ -47,6 +47,7 @@ def not_survived(result: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_faults_is_survived(tmp_path):
     result = run(tmp_path, "--sample", "30", "--parts", "2", "--no-scenarios")
     assert len(result["faults"]) == 30
@@ -123,6 +124,7 @@ def waits(monkeypatch) -> list[float]:
 
 
 @pytest.mark.hub
+@pytest.mark.usefixtures("real_waits")
 def test_what_the_hub_asks_for_with_retry_after_is_waited_up_to_a_minute(hub, repo, waits, tmp_path):
     for asked, waited in (("7", 7), ("900", 60), ("soon", 1)):
         hub.add_fault("status", status=429, headers={"Retry-After": asked}, path=f"/api/models/{repo}")

@@ -50,7 +50,7 @@ __all__ = ["LowRankGaussian", "swag_weights"]
 _CPU_BLOCK = 1 << 14
 _JOINED = 1 << 14  # entries of a tensor up to which it is joined with others
 _PIECE = 1 << 10  # entries that one float32 sum runs over
-_SMALL = 1 << 18  # K x P up to which an implicit step works in float64 throughout
+_SMALL = 1 << 20  # K x P up to which an implicit step works in float64 throughout
 _GRAM_COST = 0.1  # of U^T (A + C)^-1 U, in products with it, for each row (measured on CPU: 0.75 at K = 5, 1 to 2 at K = 20)
 _KEPT = 1 << 22  # numbers of such matrices to keep: 32 MB
 
