@@ -1034,7 +1034,8 @@ class LowRankGaussian:
         total = sum(self._weight(name) * t.numel() for name, t in self.mean.items())
         if self._sum is None:
             return total
-        return float(self._sum(torch.tensor(total, dtype=_accumulator(self._device()), device=self._device())))
+        # a vector of one: what a penalty has added to its own sums of squares, 0-d, must not ride on this
+        return float(self._sum(torch.tensor([total], dtype=_accumulator(self._device()), device=self._device())))
 
     def _device(self) -> torch.device:
         for tensor in self.mean.values():
