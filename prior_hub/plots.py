@@ -88,11 +88,13 @@ def plot_comparison(
     for panel, label in ((panels[0], f"test accuracy [%{guess}]"), (panels[1], "test NLL [nats per example]")):
         panel.set_xlabel("training examples of the target task, n")
         panel.set_ylabel(label)
-    panels[1].set_ylim(bottom=0)
+    values = [float(row["nll"]) for row in rows if math.isfinite(row["nll"])]
+    if values and 2 * min(values) < max(values):  # else the differences would be lost in the space above zero
+        panels[1].set_ylim(bottom=0)
     seeds = max(sum(1 for r in rows if r["method"] == m and r["n"] == n) for m in methods for n in numbers)
     handles, labels = panels[0].get_legend_handles_labels()
     note = f" (mean of {seeds} seeds, bars: one standard deviation, dots: seeds)" if seeds > 1 else ""
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
+    _legend_below(figure, handles, labels, most=5)
     figure.suptitle((title + note).strip(), fontsize=11)
     return _save(figure, path)
 
@@ -308,7 +310,7 @@ def plot_average(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         panel.set_ylabel(label)
     if len(methods) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
+        _legend_below(figure, handles, labels, most=5)
     most = max(sum(1 for r in named if (r["method"], r["samples"]) == (row["method"], row["samples"])) for row in named)
     note = f" (mean of {most} runs, bars: one standard deviation, dots: runs)" if most > 1 else ""
     figure.suptitle((title + note).strip(), fontsize=11)
@@ -367,7 +369,7 @@ def plot_trace(
     panels[-1].set_xlabel("draw")
     if chains > 1:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(chains, 6), frameon=False, fontsize=9)
+        _legend_below(figure, handles, labels, most=6, size=9)
     left_out = f" (the first {_MOST_PANELS} of {functions} functions)" if functions > _MOST_PANELS else ""
     figure.suptitle((title + left_out).strip(), fontsize=11)
     return _save(figure, path)
@@ -445,8 +447,8 @@ def plot_segmentation(
     if class_names is not None:
         from matplotlib.patches import Patch
 
-        handles = [Patch(facecolor=_class_colour(c), label=class_names[c]) for c in occurring]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=8)
+        handles = [Patch(facecolor=_class_colour(c)) for c in occurring]
+        _legend_below(figure, handles, [class_names[c] for c in occurring], most=6, size=8)
     figure.suptitle(title, fontsize=11)
     return _save(figure, path)
 
@@ -531,6 +533,16 @@ def _figure(width: float, height: float, dpi: int = 150) -> Any:
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "prior-hub[plots]"') from error
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def _legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], *, most: int, size: float = 10) -> None:
+    """Under the panels, in as many columns as the figure is wide, `most` at the most."""
+    for columns in range(max(1, min(most, len(handles))), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size)
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _tidy(panel: Any) -> None:

@@ -34,6 +34,30 @@ def rows(methods=("plain", "prior"), numbers=(10, 50), seeds=3):
     ]
 
 
+@pytest.mark.parametrize("names", [6, 2])
+def test_a_legend_of_long_names_stays_inside_the_picture(tmp_path, figures, names):
+    methods = [f"a method with a rather long name, number {k}" for k in range(names)]
+    plot_comparison(rows(methods), tmp_path / "c.png")
+    plot_average([{**row, "samples": row["n"]} for row in rows(methods)], tmp_path / "a.png")
+    images, labels, predictions, entropy, information = masks(1)
+    classes = ["a class with quite a long name"] * 4
+    plot_segmentation(images, labels, predictions, entropy, information, tmp_path / "s.png", class_names=classes)
+    for figure in figures:
+        extent = figure.legends[0].get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.width
+    assert len(figures[0].legends[0].get_texts()) == names  # every one of them, once
+
+
+def test_nll_is_drawn_from_zero_unless_that_would_hide_the_differences(tmp_path, figures):
+    near = [{**row, "nll": 2.0 + 0.1 * row["seed"]} for row in rows()]
+    for some in (rows(), near):
+        plot_comparison(some, tmp_path / "c.png")
+    bottoms = [figure.axes[1].get_ylim()[0] for figure in figures]
+    assert bottoms[0] == 0
+    assert 1.9 < bottoms[1] < 2.0
+
+
 def prior(rank=3, scale=1.0):
     generator = torch.Generator().manual_seed(0)
     shapes = {"net.conv1.weight": (4, 2), "net.layer1.0.weight": (3,), "net.layer2.0.weight": (5,)}

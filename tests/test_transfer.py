@@ -1,6 +1,7 @@
 """The transfer grid: cells in order, resumed where it stopped, chosen on validation rows only, reported as they are."""
 
 import csv
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_examples import EXAMPLES, parquet
 
-pytestmark = pytest.mark.slow  # a minute and a half of interpreters that start
+slow = pytest.mark.slow  # a minute and a half of interpreters that start
 
 GRID = Path(__file__).parent.parent / "benchmarks" / "transfer"
 
@@ -79,6 +80,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@slow
 def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     results = folder / "results.csv"
@@ -116,9 +118,21 @@ def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
     plain = [float(r["nll"]) for r in found if r["stage"] == "final" and r["method"] == "plain"]
     assert f"{sum(plain) / 2:.3f} ±" in printed
     assert "validation chose" in printed
-    assert (folder / "figures" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("comparison", "scale", "reliability_n30"):
+        assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+    bins = rows(folder / "results_reliability.csv")
+    for final in (r for r in found if r["stage"] == "final"):  # each diagram is of the test images and has the ECE of its row
+        mine = [b for b in bins if all(b[k] == final[k] for k in ("method", "n", "seed"))]
+        counts = [int(b["count"]) for b in mine]
+        assert sum(counts) == 40
+        gaps = [c * abs(float(b["accuracy"]) - float(b["confidence"])) for c, b in zip(counts, mine, strict=True)]
+        assert sum(gaps) / 40 == pytest.approx(float(final["ece"]), abs=1e-4)
+        right = sum(c * float(b["accuracy"]) for c, b in zip(counts, mine, strict=True))
+        assert right / 40 == pytest.approx(float(final["accuracy"]), abs=1e-4)
 
 
+@slow
 def test_a_report_of_an_unfinished_grid_names_what_is_missing(folder, tmp_path):
     results = folder / "results.csv"
     kept = [line for line in results.read_text().splitlines() if ",final,plain,30,1," not in line]
@@ -128,6 +142,7 @@ def test_a_report_of_an_unfinished_grid_names_what_is_missing(folder, tmp_path):
     )
 
 
+@slow
 def test_an_unknown_key_is_refused(folder):
     command = [sys.executable, str(GRID / "run.py"), str(folder / "tiny.toml"), "--list", "--only", "colour=red"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
@@ -135,6 +150,7 @@ def test_an_unknown_key_is_refused(folder):
     assert "the names are stage, method, n, seed, strength" in done.stderr
 
 
+@slow
 def test_the_prior_with_decay_is_the_normalised_product_of_the_two(folder, monkeypatch):
     import torch
     from priors_for_tests import random_prior
@@ -160,3 +176,79 @@ def test_the_prior_with_decay_is_the_normalised_product_of_the_two(folder, monke
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     printed = run(folder, "with_decay.py", folder / "tiny.toml", "--n", "30", "--scale", "10", "--work", folder / "work")
     assert "NLL " in printed
+
+
+# --------------------------------------------------------------------------------------------------------- the tables
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(GRID))
+    return importlib.import_module("report")
+
+
+@pytest.mark.parametrize("name", ["benchmarks/transfer/README.md", "README.md", "docs/scale.md"])
+def test_the_tables_in_the_texts_are_those_of_the_rows(report, name):
+    found = report.read(GRID / "results" / "cifar.csv")
+    text = (report.ROOT / name).read_text()
+    said = report.written(text, "cifar", report.WRITTEN[name](found))
+    assert said == text, "run benchmarks/transfer/report.py benchmarks/transfer/results/cifar.csv --write"
+    nll = [float(r["nll"]) for r in found if (r["stage"], r["method"], r["n"]) == ("final", "plain", "500")]
+    assert len(nll) == 3
+    assert f"{sum(nll) / 3:.3f}" in text
+    changed = text.replace(f"{sum(nll) / 3:.3f}", "0.999")  # by hand
+    assert report.written(changed, "cifar", report.WRITTEN[name](found)) != changed
+
+
+def test_a_text_without_a_place_for_the_tables_is_refused(report):
+    with pytest.raises(SystemExit, match="not one place"):
+        report.written("no marks here", "cifar", "| a table |")
+
+
+def row(stage, method, seed, nll, *, strength=0.0, scale="", n=10):
+    known = {"stage": stage, "method": method, "n": str(n), "seed": str(seed), "nll": str(nll), "strength": str(strength)}
+    return known | {"scale": str(scale), "learning_rate": "0.1", "accuracy": "0.5", "ece": "0.1", "source_accuracy": "0.9"}
+
+
+def test_the_regret_is_the_distance_from_the_best_scale_on_the_test_set(report):
+    found = [row("oracle", "low rank", seed, nll, strength=s) for seed in (0, 1) for s, nll in ((1, 2.0), (100, 1.5 + seed))]
+    found += [row("oracle", "low rank", 2, 0.1, strength=1)]  # not every scale yet: no best one
+    found += [row("final", "low rank", seed, 2.0, strength=1, scale=1) for seed in (0, 1, 2)]
+    found += [row("final", "low rank, auto", seed, 1.6, scale=31.6) for seed in (0, 1)]
+    assert report.regrets(found, 10, "low rank") == {0: 0.5, 1: 0.0}
+    assert report.regrets(found, 10, "low rank, auto") == pytest.approx({0: 0.1, 1: -0.4})
+    told = report.regret_table(found)
+    assert "| 10 | 0 | 1: 2.000, 100: 1.500 | 1 | +0.500 | 32 | +0.100 |" in told
+    assert "validation grid: median +0.250, from +0.000 to +0.500 nats (2 cells)" in told
+
+
+def test_the_overview_has_the_numbers_that_are_complete_alone(report):
+    found = [
+        row("final", m, seed, nll + seed, n=n)
+        for m, nll in (("plain", 1.0), ("low rank", 2.0))
+        for seed in (0, 1)
+        for n in (5, 7)
+    ]
+    assert report.complete(found) == [5, 7]
+    assert report.complete(found[:-1]) == [5]
+    told = report.overview(found[:-1])
+    assert "| 5 | **1.500** ± 0.707 | 2.500 ± 0.707 |" in told
+    assert "| 7 |" not in told
+
+
+def test_reliability_diagrams_of_several_seeds_are_put_together(report):
+    lines = [
+        {"method": "plain", "n": "10", "seed": "0", "lower": "0.2", "count": "3", "confidence": "0.25", "accuracy": "0"},
+        {"method": "plain", "n": "10", "seed": "1", "lower": "0.2", "count": "1", "confidence": "0.21", "accuracy": "1"},
+        {"method": "plain", "n": "10", "seed": "1", "lower": "0.933333", "count": "4", "confidence": "0.95", "accuracy": "0.5"},
+    ]
+    (drawn,) = report.diagrams(lines, 10).values()
+    assert sum(drawn.count) == 8
+    assert (drawn.count[3], drawn.confidence[3], drawn.accuracy[3]) == (4, pytest.approx(0.24), 0.25)
+    assert drawn.expected_calibration_error == pytest.approx((4 * 0.01 + 4 * 0.45) / 8)
+
+
+def test_a_candidate_that_diverged_is_not_chosen(monkeypatch):
+    monkeypatch.syspath_prepend(str(GRID))
+    grid = importlib.import_module("run")
+    found = [row("tune", "plain", 0, nll, strength=s) for s, nll in ((1, "nan"), (2, 1.5), (3, 1.7))]
+    assert grid.chosen(found, "plain", 10, [(1.0, 0.1), (2.0, 0.1), (3.0, 0.1)]) == (2.0, 0.1)
+    assert grid.chosen(found, "plain", 10, [(1.0, 0.1), (4.0, 0.1)]) is None

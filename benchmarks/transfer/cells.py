@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from cifar_resnet20 import Images, ResNet20, load
 from safetensors.torch import load_file
 
-from prior_hub.finetuning.scale import ScaleChoice, find_scale, held_out_split, write_choice
+from prior_hub.finetuning.scale import ScaleChoice, find_scale, held_out_split
+from prior_hub.inference.metrics import expected_calibration_error, reliability_bins
 
 
 @dataclass(frozen=True)
@@ -205,21 +206,26 @@ def made_trainer(trainer_class: type[Trainer], model: nn.Module, settings: dict[
 
 
 @torch.no_grad()
-def measure(model: nn.Module, images: Images) -> dict[str, float]:
-    """accuracy, nll (nats), ece (15 equal-width bins) without augmentation."""
+def logits_of(model: nn.Module, images: Images) -> Tensor:
+    """[images, classes], float64, without augmentation."""
     model.eval()
     device = next(model.parameters()).device
     plain = Images(images.pixels, images.labels, augment=False)
-    logits = torch.cat([model(plain.batch(p).to(device))["logits"].cpu() for p in torch.arange(len(plain)).split(250)]).double()
-    confidence, guess = logits.softmax(1).max(1)
-    right = (guess == images.labels).double()
-    ece = 0.0
-    for k in range(15):
-        inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
-        if inside.any():
-            ece += float(inside.double().mean() * (right[inside].mean() - confidence[inside].mean()).abs())
-    nll = nn.functional.cross_entropy(logits, images.labels).item()
-    return {"accuracy": right.mean().item(), "nll": nll, "ece": ece}
+    return torch.cat([model(plain.batch(p).to(device))["logits"].cpu() for p in torch.arange(len(plain)).split(250)]).double()
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """accuracy, nll (nats per image), ece (15 bins of equal width); NaN where the model diverged."""
+    if not logits.isfinite().all():
+        return dict.fromkeys(("accuracy", "nll", "ece"), float("nan"))
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    nll = nn.functional.cross_entropy(logits, labels).item()
+    return {"accuracy": accuracy, "nll": nll, "ece": expected_calibration_error(logits, labels, bins=15, from_logits=True)}
+
+
+def measure(model: nn.Module, images: Images) -> dict[str, float]:
+    """The scores of a model."""
+    return scores(logits_of(model, images), images.labels)
 
 
 def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, folds: int = 5) -> float:
@@ -267,7 +273,7 @@ def found_scale(task: CifarTask, prior: PriorModel, settings: dict[str, Any], im
 
 
 def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, Any]:
-    """Fine-tune and measure: the row."""
+    """Fine-tune and measure: the row, and with a final one its reliability diagram as "bins"."""
     began = time.perf_counter()
     prior = task.prior()
     fit, validation = task.tuning(cell.n, cell.seed) if cell.stage == "tune" else (task.data(cell.n, cell.seed), None)
@@ -295,10 +301,8 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
         train(Trainer, model, settings, fit)
     else:
         head = {"prior_initialize": False, "prior_head_variance": head_variance}
-        choice = None
         if cell.method.endswith("auto"):
             choice = found_scale(task, chosen, head | settings, fit, compiled=t.get("compile", False))
-            write_choice(task.work / "choices" / f"n{cell.n}_seed{cell.seed}", choice)
             settings["prior_scale"] = choice.scale
             set_seed(1000 + cell.seed)
         trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
@@ -308,7 +312,11 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
     row.setdefault("update", "")
     row.setdefault("scale", "")
     seconds = time.perf_counter() - began
-    row |= {k: f"{v:.5f}" for k, v in measure(model, validation if validation is not None else task.test()).items()}
+    images = validation if validation is not None else task.test()
+    logits = logits_of(model, images)
+    row |= {k: f"{v:.5f}" for k, v in scores(logits, images.labels).items()}
+    if cell.stage == "final" and logits.isfinite().all():
+        row["bins"] = reliability_bins(logits, images.labels, bins=15, from_logits=True)
     forgotten = task.forgetting(model) if cell.stage == "final" else {"source_accuracy": "", "source_nll": ""}
     row |= {k: v if v == "" else f"{v:.5f}" for k, v in forgotten.items()}
     return row | {"steps": steps, "seconds": f"{seconds:.1f}"}

@@ -4,12 +4,12 @@
     python benchmarks/transfer/run.py benchmarks/transfer/cifar.toml --list          # what is done and what is not
     python benchmarks/transfer/run.py benchmarks/transfer/cifar.toml --only n=500 method="low rank" seed=1 --again
 
-A cell is one fine-tuning; its row is appended to results/CONFIG.csv as soon as it ends, and a row that is there is not run
-again, so that the grid can be stopped at any time and goes on where it was. Stages: `tune` (every candidate of every method,
-a strength and a learning rate, on four fifths of the first seed's n images, measured on the fifth), `final` (the candidate
-with the lowest validation NLL, on all n images of every seed, measured once on the test set), `oracle` (strengths at the
-chosen learning rate measured on the test set: only to say what a choice on validation data misses). Nothing chosen depends on
-a test image.
+A cell is one fine-tuning; its row is appended to results/CONFIG.csv as soon as it ends (the reliability diagram of a final one
+goes to results/CONFIG_reliability.csv), and a row that is there is not run again, so that the grid can be stopped at any time
+and goes on where it was. Stages: `tune` (every candidate of every method, a strength and a learning rate, on four fifths of the
+first seed's n images, measured on the fifth), `final` (the candidate with the lowest validation NLL, on all n images of every
+seed, measured once on the test set), `oracle` (strengths at the chosen learning rate measured on the test set: only to say what
+a choice on validation data misses). Nothing chosen depends on a test image.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import multiprocessing
 import os
 import platform
@@ -32,6 +33,7 @@ COLUMNS = (
     *("accuracy", "nll", "ece", "source_accuracy", "source_nll"),
     *("head_variance", "scale", "update", "steps", "seconds", "threads", "torch", "machine"),
 )
+BINS = ("method", "n", "seed", "lower", "upper", "count", "confidence", "accuracy")
 KEY = ("stage", "method", "n", "seed", "strength", "learning_rate")
 NUMBERS = ("strength", "learning_rate")
 Candidate = tuple[float, float]  # strength, learning rate
@@ -61,6 +63,27 @@ def append(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
+def keep_bins(path: Path, row: dict[str, Any]) -> None:
+    """The reliability diagram of a final cell, one line for each bin that is not empty, in place of what was there for it."""
+    found = row.pop("bins", None)
+    if found is None:
+        return
+    cell = {name: str(row[name]) for name in ("method", "n", "seed")}
+    lines = [line for line in read(path) if any(line[name] != value for name, value in cell.items())]
+    for lower, upper, count, confidence, accuracy in zip(
+        found.edges, found.edges[1:], found.count, found.confidence, found.accuracy, strict=False
+    ):
+        if count:
+            values = {"lower": lower, "upper": upper, "confidence": confidence, "accuracy": accuracy}
+            lines.append({**cell, "count": str(count)} | {k: f"{v:.6f}" for k, v in values.items()})
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, BINS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    partial.replace(path)
+
+
 def candidates(config: dict[str, Any], method: str) -> list[Candidate]:
     """As many for each method."""
     return list(itertools.product(config["strengths"][method], config["target"]["learning_rates"]))
@@ -69,7 +92,7 @@ def candidates(config: dict[str, Any], method: str) -> list[Candidate]:
 def chosen(rows: list[dict[str, str]], method: str, n: int, tried: list[Candidate]) -> Candidate | None:
     """The candidate with the lowest validation NLL; None while one is missing."""
     scores = {
-        (float(r["strength"]), float(r["learning_rate"])): float(r["nll"])
+        (float(r["strength"]), float(r["learning_rate"])): math.inf if math.isnan(nll := float(r["nll"])) else nll
         for r in rows
         if r["stage"] == "tune" and r["method"] == method and int(r["n"]) == n
     }
@@ -181,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
                 break
             jobs = [(one, config, folder, options.threads) for one in missing]
             for number, row in enumerate(pool.imap_unordered(work, jobs), 1):
+                keep_bins(results.with_name(f"{results.stem}_reliability.csv"), row)
                 append(results, row)
                 told = ", ".join(f"{name} {row[name]}" for name in KEY)
                 print(
