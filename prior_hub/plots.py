@@ -89,7 +89,7 @@ def plot_comparison(
         panel.set_xlabel("training examples of the target task, n")
         panel.set_ylabel(label)
     values = [float(row["nll"]) for row in rows if math.isfinite(row["nll"])]
-    if values and 2 * min(values) < max(values):  # else the differences would be lost in the space above zero
+    if values and 3 * min(values) <= max(values):  # else the differences would be lost in the space above zero
         panels[1].set_ylim(bottom=0)
     seeds = max(sum(1 for r in rows if r["method"] == m and r["n"] == n) for m in methods for n in numbers)
     handles, labels = panels[0].get_legend_handles_labels()
