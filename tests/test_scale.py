@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -690,3 +692,46 @@ def test_hyperparameter_search_sets_the_scale_of_each_trial(tmp_path):
             n_trials=1,
             backend="optuna",
         )
+
+
+@pytest.mark.slow
+def test_ray_trials_each_have_their_own_scale(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="pip install 'ray[tune]': 200 MB, so that CI does without")
+    from ray import tune
+
+    prior, rows, test = problem(3.0)
+    chosen = {"max_steps": 10, "per_device_train_batch_size": 16, "learning_rate": 0.1, "eval_strategy": "steps"}
+    args = quiet_arguments(tmp_path, PriorTrainingArguments, **chosen, eval_steps=10)
+
+    def trainer():
+        return PriorTrainer(
+            model_init=lambda: Logistic(40),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=test,
+            prior=prior,
+            optimizer_cls_and_kwargs=SGD,
+        )
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        found = trainer().hyperparameter_search(
+            lambda _: {"prior_scale": tune.grid_search([1e-2, 10.0, 1e4])},
+            compute_objective=lambda metrics: metrics["eval_loss"],
+            n_trials=1,  # of a grid of three
+            backend="ray",
+            resources_per_trial={"cpu": 1},
+            storage_path=str(tmp_path / "ray"),
+        )
+    finally:
+        ray.shutdown()
+    alone = {}
+    for scale in (1e-2, 10.0, 1e4):
+        args.prior_scale = scale
+        again = trainer()
+        again.train()
+        alone[scale] = again.evaluate()["eval_loss"]
+    assert len({round(loss, 4) for loss in alone.values()}) == 3
+    assert found.hyperparameters == {"prior_scale": min(alone, key=alone.get)}
+    assert found.objective == pytest.approx(min(alone.values()), abs=1e-5)
