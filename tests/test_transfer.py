@@ -185,17 +185,21 @@ def report(monkeypatch):
     return importlib.import_module("report")
 
 
-@pytest.mark.parametrize("name", ["benchmarks/transfer/README.md", "README.md", "docs/scale.md"])
-def test_the_tables_in_the_texts_are_those_of_the_rows(report, name):
-    found = report.read(GRID / "results" / "cifar.csv")
+PLACES = [("cifar", "benchmarks/transfer/README.md"), ("cifar", "README.md"), ("cifar", "docs/scale.md")]
+
+
+@pytest.mark.parametrize(("results", "name"), [*PLACES, ("cifar_trial", "benchmarks/transfer/README.md")])
+def test_the_tables_in_the_texts_are_those_of_the_rows(report, results, name):
+    found = report.read(GRID / "results" / f"{results}.csv")
     text = (report.ROOT / name).read_text()
-    said = report.written(text, "cifar", report.WRITTEN[name](found))
-    assert said == text, "run benchmarks/transfer/report.py benchmarks/transfer/results/cifar.csv --write"
+    tables = report.WRITTEN[results][name]
+    said = report.written(text, results, tables(found))
+    assert said == text, f"run benchmarks/transfer/report.py benchmarks/transfer/results/{results}.csv --write"
     nll = [float(r["nll"]) for r in found if (r["stage"], r["method"], r["n"]) == ("final", "plain", "500")]
     assert len(nll) == 3
     assert f"{sum(nll) / 3:.3f}" in text
     changed = text.replace(f"{sum(nll) / 3:.3f}", "0.999")  # by hand
-    assert report.written(changed, "cifar", report.WRITTEN[name](found)) != changed
+    assert report.written(changed, results, tables(found)) != changed
 
 
 def test_a_text_without_a_place_for_the_tables_is_refused(report):

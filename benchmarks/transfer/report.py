@@ -6,7 +6,8 @@
 Prints, for each n whose cells are all there, accuracy, NLL, ECE and what is left of the source task (mean ± sample standard
 deviation over seeds), the difference in NLL from plain fine-tuning over the same seeds, and the regret: how far the NLL of the
 scale that validation chose lies above the best scale on the test set. Numbers with missing cells are named, not shown.
-`--write` puts the same tables between their marks in benchmarks/transfer/README.md, README.md and docs/scale.md.
+`--write` puts the same tables of cifar.csv between their marks in benchmarks/transfer/README.md, README.md and docs/scale.md,
+and those of cifar_trial.csv in the first.
 """
 
 from __future__ import annotations
@@ -177,10 +178,9 @@ def whole(rows: list[Row]) -> str:
     return "\n\n".join([*parts, f"{cost(rows)}."])
 
 
-WRITTEN: dict[str, Callable[[list[Row]], str]] = {
-    "benchmarks/transfer/README.md": whole,
-    "README.md": overview,
-    "docs/scale.md": overview,
+WRITTEN: dict[str, dict[str, Callable[[list[Row]], str]]] = {  # results/NAME.csv -> text -> its tables
+    "cifar": {"benchmarks/transfer/README.md": whole, "README.md": overview, "docs/scale.md": overview},
+    "cifar_trial": {"benchmarks/transfer/README.md": whole},
 }
 
 
@@ -281,14 +281,14 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="results/CONFIG.csv")
     parser.add_argument("--figures", type=Path, help="folder for comparison.png, scale.png and reliability_nN.png")
     parser.add_argument("--title", default="CIFAR-10 to CIFAR-100's superclasses", help="of the figures (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {', '.join(WRITTEN)}")
+    parser.add_argument("--write", action="store_true", help="put the tables between their marks in the texts")
     options = parser.parse_args()
     rows = read(options.rows)
     if not rows:
         parser.error(f"there are no rows in {options.rows}.")
     print(whole(rows))
     if options.write:
-        for name, tables in WRITTEN.items():
+        for name, tables in WRITTEN.get(options.rows.stem, {}).items():
             path = ROOT / name
             path.write_text(written(path.read_text(), options.rows.stem, tables(rows)))
     if options.figures:

@@ -13,6 +13,9 @@ The held-out examples must be new to the model: it should start from the prior's
 other weights, the head's too, that were not fitted to this training set, and not be trained a second time. With label smoothing
 the NLL is the smoothed one. A subclass's `get_train_dataloader` must use `self.train_dataset`.
 
+A rung is much shorter than the training. Where the training overfits (many passes over few examples, no augmentation), the
+path does not see it and takes too wide a prior: use `select_scale` there (benchmarks/transfer/README.md has the figures).
+
 `prior_head_variance="auto"` does the same with the variance of the new parameters, before, under the narrowest prior.
 
 `select_scale`: the grid of the literature. Every candidate is a whole training on four fifths, measured on the fifth.
