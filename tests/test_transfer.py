@@ -114,7 +114,7 @@ def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
 
     printed = run(folder, "report.py", results, "--figures", folder / "figures")
     assert "n = 30, seeds 0, 1" in printed
-    assert "auto chose" in printed
+    assert "`auto` chose" in printed
     plain = [float(r["nll"]) for r in found if r["stage"] == "final" and r["method"] == "plain"]
     assert f"{sum(plain) / 2:.3f} ±" in printed
     assert "validation chose" in printed
