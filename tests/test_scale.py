@@ -651,11 +651,23 @@ def test_a_trial_that_diverged_is_written_as_json_that_every_reader_takes():
     assert ScaleChoice.from_json(older) == choice
 
 
+def trainer_to_search(args, kind=PriorTrainer):
+    """A trainer that makes its model anew for each trial, and its data."""
+    prior, rows, test = problem(3.0)
+    return kind(
+        model_init=lambda: Logistic(40),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=test,
+        prior=prior,
+        optimizer_cls_and_kwargs=SGD,
+    )
+
+
 @pytest.mark.slow
 def test_hyperparameter_search_sets_the_scale_of_each_trial(tmp_path):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    prior, rows, test = problem(3.0)
     bound = []
 
     class Spy(PriorTrainer):
@@ -665,14 +677,7 @@ def test_hyperparameter_search_sets_the_scale_of_each_trial(tmp_path):
 
     chosen = {"max_steps": 10, "per_device_train_batch_size": 16, "learning_rate": 0.1, "eval_strategy": "steps"}
     args = quiet_arguments(tmp_path, PriorTrainingArguments, **chosen, eval_steps=10)
-    trainer = Spy(
-        model_init=lambda: Logistic(40),
-        args=args,
-        train_dataset=rows,
-        eval_dataset=test,
-        prior=prior,
-        optimizer_cls_and_kwargs=SGD,
-    )
+    trainer = trainer_to_search(args, Spy)
     found = trainer.hyperparameter_search(
         lambda trial: {"prior_scale": trial.suggest_float("prior_scale", 1e-2, 1e4, log=True)},
         compute_objective=lambda metrics: metrics["eval_loss"],
@@ -699,24 +704,12 @@ def test_ray_trials_each_have_their_own_scale(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="pip install 'ray[tune]': 200 MB, so that CI does without")
     from ray import tune
 
-    prior, rows, test = problem(3.0)
     chosen = {"max_steps": 10, "per_device_train_batch_size": 16, "learning_rate": 0.1, "eval_strategy": "steps"}
     args = quiet_arguments(tmp_path, PriorTrainingArguments, **chosen, eval_steps=10)
-
-    def trainer():
-        return PriorTrainer(
-            model_init=lambda: Logistic(40),
-            args=args,
-            train_dataset=rows,
-            eval_dataset=test,
-            prior=prior,
-            optimizer_cls_and_kwargs=SGD,
-        )
-
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        found = trainer().hyperparameter_search(
+        found = trainer_to_search(args).hyperparameter_search(
             lambda _: {"prior_scale": tune.grid_search([1e-2, 10.0, 1e4])},
             compute_objective=lambda metrics: metrics["eval_loss"],
             n_trials=1,  # of a grid of three
@@ -729,7 +722,7 @@ def test_ray_trials_each_have_their_own_scale(tmp_path, monkeypatch):
     alone = {}
     for scale in (1e-2, 10.0, 1e4):
         args.prior_scale = scale
-        again = trainer()
+        again = trainer_to_search(args)
         again.train()
         alone[scale] = again.evaluate()["eval_loss"]
     assert len({round(loss, 4) for loss in alone.values()}) == 3

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,17 @@ def test_the_prior_with_decay_is_the_normalised_product_of_the_two(folder, monke
     assert "NLL " in printed
 
 
+@slow
+def test_the_path_of_auto_is_shown_beside_whole_trainings(folder, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    options = (folder / "tiny.toml", "--n", "30", "--work", folder / "work")
+    printed = run(folder, "auto_path.py", *options, "--scales", "1", "1000").splitlines()
+    assert [line.split(":")[0] for line in printed] == ["scale 1", "scale 1000"]
+    path = run(folder, "auto_path.py", *options, "--longer", "2")
+    assert "on 6 held-out examples" in path
+    assert len(re.findall(r"\S+: \d\.\d{3}(?:, |$)", path, re.MULTILINE)) == 13
+
+
 # --------------------------------------------------------------------------------------------------------- the tables
 @pytest.fixture
 def report(monkeypatch):
@@ -236,6 +248,7 @@ def test_the_overview_has_the_numbers_that_are_complete_alone(report):
     told = report.overview(found[:-1])
     assert "| 5 | **1.500** ± 0.707 | 2.500 ± 0.707 |" in told
     assert "| 7 |" not in told
+    assert "| 5 | **1.000** | 2.000 |" in report.overview([r for r in found if r["seed"] == "0"])
 
 
 def test_reliability_diagrams_of_several_seeds_are_put_together(report):

@@ -9,9 +9,7 @@ of the scales. Nothing is chosen by the test images, whose NLL is printed beside
 
 from __future__ import annotations
 
-import argparse
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import cells
@@ -23,19 +21,16 @@ from prior_hub.finetuning.scale import held_out_split
 
 def main() -> None:
     """One seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = cells.study_arguments(__doc__)
     parser.add_argument("--scales", type=float, nargs="*", default=[], help="of whole trainings; none: the path")
     parser.add_argument("--longer", type=int, default=1, help="the path takes this many times its steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=0.02)
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = tomllib.loads(options.config.read_text())
     task = cells.TASKS[config["task"]](config, options.work / options.config.stem)
     target = config["target"]
+    compiled = target.get("compile", False)
     images, prior = task.data(options.n, options.seed), task.prior()
     settings: dict[str, Any] = {
         "max_steps": target["steps"][target["numbers"].index(options.n)],
@@ -50,15 +45,16 @@ def main() -> None:
     _, settings["prior_head_variance"] = task.model(prior, images)
     if not options.scales:
         settings["max_steps"] *= options.longer
-        choice = cells.found_scale(task, prior, settings, images, compiled=True)
+        choice = cells.found_scale(task, prior, settings, images, compiled=compiled)
         print(choice.report(), ", ".join(f"{t.scale:.2g}: {t.nll:.3f}" for t in choice.trials))
     rest, held = (images.part(torch.tensor(p.indices)) for p in held_out_split(images, 0.2, options.seed))
     for scale in options.scales:
         cells.set_seed(1000 + options.seed)
         model, _ = task.model(prior, rest)
-        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+        if compiled:
+            model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         cells.train(PriorTrainer, model, {**settings, "prior_scale": scale}, rest, prior=prior)
-        vars(model).pop("forward")
+        vars(model).pop("forward", None)
         found = [cells.measure(model, part)["nll"] for part in (held, task.test())]
         print(f"scale {scale:g}: NLL {found[0]:.4f} held out, {found[1]:.4f} on the test images", flush=True)
 

@@ -10,6 +10,7 @@ a new random head the number of steps, not the prior, decides how good it gets, 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import sys
@@ -260,6 +261,16 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, folds: int = 5) 
         head.weight.copy_(weights[:, :-1])
         head.bias.copy_(weights[:, -1])
     return chosen
+
+
+def study_arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every study of one training set asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
+    return parser
 
 
 def found_scale(task: CifarTask, prior: PriorModel, settings: dict[str, Any], images: Images, *, compiled: bool) -> ScaleChoice:

@@ -15,14 +15,12 @@ Source: Luketina et al. 2016, arXiv 1511.06727 (T1-T2). Differs: a proximal step
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import tomllib
-from pathlib import Path
 
 import torch
-from cells import TASKS, Images, measure
+from cells import TASKS, Images, measure, study_arguments
 from transformers import set_seed
 
 from prior_hub import PriorPenalty
@@ -32,12 +30,8 @@ HELD_OUT_STEPS, OUTER_STEP, BATCH, HELD_OUT_BATCH = 0.6, 0.15, 32, 50
 
 def main() -> None:
     """One run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = study_arguments(__doc__)
     parser.add_argument("--scale", type=float, default=1e5, help="where it starts (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
     options = parser.parse_args()
     config = tomllib.loads(options.config.read_text())
     target = config["target"]

@@ -151,7 +151,7 @@ def overview(rows: list[Row]) -> str:
     for n in complete(rows):
         nll = {m: [float(r["nll"]) for r in rows if (r["stage"], r["method"], r["n"]) == ("final", m, str(n))] for m in methods}
         best = min(methods, key=lambda m: fmean(nll[m]))
-        shown = [f"**{fmean(nll[m]):.3f}** ± {stdev(nll[m]):.3f}" if m == best else spread(nll[m]) for m in methods]
+        shown = [re.sub(r"^(\S+)", r"**\1**", spread(nll[m])) if m == best else spread(nll[m]) for m in methods]
         lines.append(f"| {n} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

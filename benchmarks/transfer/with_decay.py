@@ -13,10 +13,8 @@ A scale of 1e9 leaves the zero-mean prior alone.
 
 from __future__ import annotations
 
-import argparse
 import time
 import tomllib
-from pathlib import Path
 
 import cells
 import torch
@@ -51,14 +49,10 @@ def with_decay(prior: PriorModel, variance: float) -> PriorModel:
 
 def main() -> None:
     """One cell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = cells.study_arguments(__doc__)
     parser.add_argument("--scale", type=float, default=3e4, help="of the learned prior (default: %(default)s)")
     parser.add_argument("--variance", type=float, default=0.02, help="of the zero-mean one (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=0.02)
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = tomllib.loads(options.config.read_text())
