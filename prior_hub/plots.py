@@ -200,6 +200,13 @@ def plot_scale(
         mine = sorted(mine, key=lambda t: t.scale)
         name = f"head variance {head:.2g}" if several else f"{choice.held_out} held-out examples ({choice.method})"
         panel.plot([t.scale for t in mine], [t.nll for t in mine], color=colour, marker=marker, linestyle=line, label=name)
+    whole = sorted((t for t in choice.checks if math.isfinite(t.nll)), key=lambda t: t.scale)
+    if whole:
+        colour, marker, line = _STYLES[1]
+        values = [t.nll for t in whole]
+        panel.plot(
+            [t.scale for t in whole], values, color=colour, marker=marker, linestyle=line, label="the same (whole trainings)"
+        )
     if measured:
         colour, marker, line = _STYLES[-1]
         scales = sorted(measured)

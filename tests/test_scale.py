@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -76,13 +77,13 @@ def problem(distance, inputs=40, rows=80, seed=0):
     return prior, draw(rows), draw(4000)
 
 
-def trainer_of(folder, prior, rows, model=None, callbacks=(), **settings):
+def trainer_of(folder, prior, rows, model=None, callbacks=(), optimizer=SGD, **settings):
     model = Logistic(rows.x.shape[1]) if model is None else model
     chosen = {"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 0.1, "prior_scale": "auto"}
     chosen |= {"logging_strategy": "no", "per_device_eval_batch_size": 64}
     args = quiet_arguments(folder, PriorTrainingArguments, **(chosen | settings))
     return PriorTrainer(
-        model=model, args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD, callbacks=[*callbacks]
+        model=model, args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=optimizer, callbacks=[*callbacks]
     )
 
 
@@ -120,6 +121,81 @@ def test_auto_finds_a_scale_whose_exact_solution_is_nearly_the_best_on_new_data(
     assert sum(regrets) / 4 < 0.25 * sum(worst) / 4
     middle = sum(scales) / 4
     assert abs(middle - 2 * math.log10(distance)) < 1.5  # the truth is a draw from the prior at scale distance^2
+
+
+@pytest.mark.slow
+def test_where_a_long_training_overfits_the_checks_find_the_narrower_prior_that_the_path_misses(tmp_path):
+    """A low learning rate: what the wide priors overfit in 1,000 steps, they do not yet in the 76 of a rung."""
+    regrets = {"path": 0.0, "checked": 0.0}
+    for seed in (1, 4):
+        prior, rows, test = problem(1.0, rows=60, seed=seed)
+        slowly = (torch.optim.SGD, {"lr": 0.001, "momentum": 0.9})
+        choice = find_scale(trainer_of(tmp_path, prior, rows, optimizer=slowly, max_steps=1000, seed=seed))
+        oracle = min(map_nll(prior, scale, rows, test) for scale in scale_ladder(prior.gaussian))
+        regrets["path"] += map_nll(prior, choice.checks[0].scale, rows, test) - oracle
+        regrets["checked"] += map_nll(prior, choice.scale, rows, test) - oracle
+    assert regrets["checked"] < 0.2 < 1.0 < regrets["path"]  # nats, of the exact solutions on 4,000 new rows
+
+
+def test_a_check_is_a_whole_training_on_the_four_fifths_and_there_are_at_most_so_many(tmp_path):
+    prior, rows, _ = problem(3.0)
+    trainer = trainer_of(tmp_path, prior, rows, max_steps=120)
+    choice = find_scale(trainer)
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(trainer.args.seed))
+    held, rest = order[:16].sort().values, order[16:].sort().values
+    for check in choice.checks:
+        alone = trainer_of(tmp_path / "alone", prior, Rows(rows.x[rest], rows.y[rest]), prior_scale=check.scale, max_steps=120)
+        alone.train()
+        with torch.no_grad():
+            nll = alone.model(rows.x[held], rows.y[held])["loss"].item()
+        assert check.nll == pytest.approx(nll, rel=1e-5)
+    assert 1 <= len(choice.checks) <= 4
+    assert choice.steps == 13 * 9 + 120 * len(choice.checks)
+    trainer.args.prior_scale_checks = 0
+    path = find_scale(trainer)
+    assert path.checks == ()
+    assert path.trials == choice.trials
+    assert path.scale == choice.checks[0].scale == best(path.trials).scale
+    with pytest.raises(ValueError, match="prior_scale_checks is -1"):
+        quiet_arguments(tmp_path, PriorTrainingArguments, prior_scale_checks=-1)
+
+
+@pytest.mark.parametrize(
+    ("whole", "checked", "taken", "said"),
+    [
+        ({4: 1.9}, [4], 4, "lowest NLL 1.9000"),  # no worse than the path, which had 2.0
+        ({4: 2.1, 3: 2.2}, [4, 3], 4, "lowest NLL 2.1000"),  # worse, and so is the narrower one
+        ({4: 2.5, 3: 2.3, 2: 2.2, 1: 2.25}, [4, 3, 2, 1], 2, "The path chose 1e+04, where a whole training overfits (NLL 2.5"),
+        ({4: 2.5, 3: 2.3, 2: 2.2, 1: 2.1}, [4, 3, 2, 1], 1, "prior_scale_checks trainings are used up"),
+        ({4: math.inf, 3: math.inf, 2: 2.2, 1: 2.3}, [4, 3, 2, 1], 2, "(NLL inf)"),  # they diverge
+        ({4: math.inf, 3: 2.2, 2: math.inf}, [4, 3, 2], 3, "(NLL inf)"),
+    ],
+)
+def test_from_the_paths_choice_it_goes_down_by_decades_while_whole_trainings_improve(
+    tmp_path, monkeypatch, whole, checked, taken, said
+):
+    prior, rows, _ = problem(3.0)
+    rungs = tuple(10 ** (k / 2) for k in range(11))  # 1 to 1e5; the path's lowest is at 1e4
+    monkeypatch.setattr("prior_hub.finetuning.scale.scale_ladder", lambda gaussian: [*rungs])
+    along = iter([3.0 - 0.125 * k for k in range(9)] + [2.2, 2.5])
+    monkeypatch.setattr("prior_hub.finetuning.scale.held_out_nll", lambda *args: next(along))
+    whole = {10.0**k: nll for k, nll in whole.items()}
+    monkeypatch.setattr(
+        "prior_hub.finetuning.scale._whole_training",
+        lambda trainer, scale, *rest: (next(v for k, v in whole.items() if k == pytest.approx(scale)), 7, 64),
+    )
+    choice = find_scale(trainer_of(tmp_path, prior, rows, max_steps=11))
+    assert [t.scale for t in choice.checks] == pytest.approx([10.0**k for k in checked])
+    assert choice.scale == pytest.approx(10.0**taken)
+    assert choice.steps == 11 * 8 + 7 * len(checked)
+    assert said in choice.report()
+
+
+def test_a_training_that_diverges_at_every_scale_is_said(tmp_path, monkeypatch):
+    prior, rows, _ = problem(3.0)
+    monkeypatch.setattr("prior_hub.finetuning.scale._whole_training", lambda *args: (math.inf, 7, 64))
+    with pytest.raises(PriorNumericsError, match="a whole training has no finite loss at the scales"):
+        find_scale(trainer_of(tmp_path, prior, rows, max_steps=5))
 
 
 def test_after_the_search_training_is_to_the_bit_what_it_is_with_the_number(tmp_path):
@@ -634,13 +710,14 @@ def test_a_choice_reads_back_exactly_and_another_file_is_refused(tmp_path):
     assert read_choice(tmp_path / "again") == trainer.prior_scale_choice
     assert read_choice(tmp_path / "nowhere") is None
     assert json.loads((tmp_path / "again" / "prior_scale.json").read_text())["method"] == "path"
-    for text in ("{", "[]", '{"scale": 1}', '{"trials": [{"x": 1}]}'):
+    for text in ("{", "[]", '{"scale": 1}', '{"trials": [{"x": 1}]}', '{"trials": [], "checks": [1]}'):
         with pytest.raises(PriorFormatError, match=r"prior_scale\.json"):
             ScaleChoice.from_json(text)
 
 
 def test_a_trial_that_diverged_is_written_as_json_that_every_reader_takes():
-    choice = ScaleChoice(1e2, None, (ScaleTrial(1e2, None, 1.5), ScaleTrial(1e4, None, math.inf)), 5, 20, "grid", 40)
+    trials = (ScaleTrial(1e2, None, 1.5), ScaleTrial(1e4, None, math.inf))
+    choice = ScaleChoice(1e2, None, trials, 5, 20, "path", 40, checks=trials[::-1])
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -649,6 +726,8 @@ def test_a_trial_that_diverged_is_written_as_json_that_every_reader_takes():
     assert ScaleChoice.from_json(choice.to_json()) == choice
     older = choice.to_json().replace('"nll": null', '"nll": Infinity')  # as it was written before
     assert ScaleChoice.from_json(older) == choice
+    first = {name: value for name, value in json.loads(choice.to_json()).items() if name != "checks"}  # before there were any
+    assert ScaleChoice.from_json(json.dumps(first)) == dataclasses.replace(choice, checks=())
 
 
 def trainer_to_search(args, kind=PriorTrainer):

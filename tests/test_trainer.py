@@ -739,7 +739,7 @@ def test_settings_parse_from_the_command_line():
     words += (
         " --prior_count labels --prior_min_coverage 0.25 --prior_update implicit --prior_revision v1.0 --prior_subfolder prior"
     )
-    words += " --weight_decay 0.01 --prior_through_adapters False --prior_device cpu"
+    words += " --prior_scale_checks 2 --weight_decay 0.01 --prior_through_adapters False --prior_device cpu"
     (given,) = parser.parse_args_into_dataclasses(words.split())
     words_of_the_sampler = " --sampler sghmc --temperature 0.5 --friction 0.2 --num_cycles 2 --samples_per_cycle 5"
     words_of_the_sampler += " --exploration 0.25 --sampling_schedule constant --sampler_metric diagonal --chain 3"
@@ -751,6 +751,7 @@ def test_settings_parse_from_the_command_line():
     assert found == {
         "prior": "org/name",
         "prior_scale": 0.5,
+        "prior_scale_checks": 2,
         "prior_rank": 3,
         "prior_head_variance": 0.1,
         "prior_update": "implicit",

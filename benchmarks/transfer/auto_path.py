@@ -45,8 +45,7 @@ def main() -> None:
     _, settings["prior_head_variance"] = task.model(prior, images)
     if not options.scales:
         settings["max_steps"] *= options.longer
-        choice = cells.found_scale(task, prior, settings, images, compiled=compiled)
-        print(choice.report(), ", ".join(f"{t.scale:.2g}: {t.nll:.3f}" for t in choice.trials))
+        cells.found_scale(task, prior, settings, images, compiled=compiled)
     rest, held = (images.part(torch.tensor(p.indices)) for p in held_out_split(images, 0.2, options.seed))
     for scale in options.scales:
         cells.set_seed(1000 + options.seed)

@@ -280,7 +280,11 @@ def found_scale(task: CifarTask, prior: PriorModel, settings: dict[str, Any], im
     if compiled:
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
     trainer = made_trainer(PriorTrainer, model, settings, images, prior=prior)
-    return find_scale(trainer)
+    choice = find_scale(trainer)
+    for name, trials in (("path", choice.trials), ("whole trainings", choice.checks)):
+        print(f"  {name}: " + ", ".join(f"{t.scale:.2g}: {t.nll:.3f}" for t in trials))
+    print(f"  {choice.report()}", flush=True)
+    return choice
 
 
 def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, Any]:

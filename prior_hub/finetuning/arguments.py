@@ -22,7 +22,9 @@ class PriorArgumentsMixin:
     Attributes:
         prior: Hub name or folder of the prior; `PriorTrainer(prior=...)` wins over it.
         prior_scale: scale of the prior's covariance; the stored one when None; "auto": chosen by a rehearsal before the
-            training, which holds out a fifth of the training set and takes about as long as the training itself.
+            training, with a fifth of the training set held out, which takes two to five times as long as the training itself.
+        prior_scale_checks: whole trainings on the four fifths that may check what "auto" chose, at most: one where it holds,
+            more where the training overfits at that scale. 0: none, which is blind to a long training's end.
         prior_rank: use only this many deviations; all when None, 0 for a diagonal prior.
         prior_head_variance: variance of the zero-mean prior over parameters the prior does not know; None leaves them to
             weight_decay, or is 1 with a sampler; "auto": chosen by the rehearsal.
@@ -57,7 +59,14 @@ class PriorArgumentsMixin:
         default=None,
         metadata={
             "help": "Scale of the prior's covariance: larger lets the data move the weights more. 'auto': chosen by a "
-            "rehearsal with a fifth of the training set held out, about as long as the training. Default: as stored."
+            "rehearsal with a fifth held out, two to five times as long as the training. Default: as stored."
+        },
+    )
+    prior_scale_checks: int = field(
+        default=4,
+        metadata={
+            "help": "With prior_scale='auto': at most this many whole trainings check the choice and make it narrower where "
+            "they overfit; as a rule one is enough. 0: none, which is blind to what a long training overfits."
         },
     )
     prior_rank: int | None = field(
@@ -127,6 +136,8 @@ class PriorArgumentsMixin:
         """Numbers from the command line come as text, because "auto" may stand in their place."""
         self.prior_scale = number_or_auto(self.prior_scale, "prior_scale")
         self.prior_head_variance = number_or_auto(self.prior_head_variance, "prior_head_variance")
+        if self.prior_scale_checks < 0:
+            raise ValueError(f"prior_scale_checks is {self.prior_scale_checks}, expected 0 or more.")
         further = getattr(super(), "__post_init__", None)
         if further is not None:
             further()

@@ -6,15 +6,17 @@
 (width 1e-3) that the weights stay where they are, and is widened by half decades to a width of 1e3, where it is practically
 none. Every rung goes on from the weights of the last one, with a learning rate that falls to zero (constant, if the training's
 is), and ends with the NLL of the held-out examples: a regularisation path. The scale with the lowest NLL (smoothed over
-neighbours) is taken, the weights are put back, and the training itself runs on all examples. It costs about as much as the
-training, at least 8 and at most 100 steps a rung. `find_scale` does it without the training.
+neighbours) is what the path proposes. It costs about as much as the training, at least 8 and at most 100 steps a rung.
+
+A rung is much shorter than the training, and does not see what a long training overfits. So the proposal is checked by a whole
+training on the four fifths. Where that ends no worse than the path was at this scale, the scale is taken. Where it ends worse,
+the training overfits there, and narrower priors, a decade apart, are trained under as long as that improves, at most
+`prior_scale_checks` trainings in all (4; 0 for the path alone). Then everything is put back and the training itself runs on all
+examples. So "auto" costs two to five trainings before the training. `find_scale` does it without the training.
 
 The held-out examples must be new to the model: it should start from the prior's mean (`prior_initialize`, the default) or from
 other weights, the head's too, that were not fitted to this training set, and not be trained a second time. With label smoothing
 the NLL is the smoothed one. A subclass's `get_train_dataloader` must use `self.train_dataset`.
-
-A rung is much shorter than the training. Where the training overfits (many passes over few examples, no augmentation), the
-path does not see it and takes too wide a prior: use `select_scale` there (benchmarks/transfer/README.md has the figures).
 
 `prior_head_variance="auto"` does the same with the variance of the new parameters, before, under the narrowest prior.
 
@@ -24,7 +26,7 @@ A joint MAP estimate of weights and scale is degenerate (the scale goes to 0 as 
 evidence estimates of the model linearised at the mean do not see what fine-tuning gains: benchmarks/transfer/README.md.
 
 Source: the path is that of Friedman, Hastie and Tibshirani 2010 (glmnet), section 2.5, run from strong to weak regularisation.
-Differs: for each rung a few steps of the user's own optimizer, not a solution.
+Differs: for each rung a few steps of the user's own optimizer, not a solution; the checks are ours.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ STEPS_PER_RUNG = (8, 100)  # at least and at most
 _FORWARD = ("forward", "_original_forward")  # accelerate wraps them, once more for every training in mixed precision
 _PREPARED = ("_models", "_optimizers", "_schedulers", "_dataloaders")  # what accelerate remembers
 _DATA = ("train_dataset", "eval_dataset")
-_FOUND_OUT = ("_ignores_item_count", "model_accepts_loss_kwargs")  # of the model, and told once
+_FOUND_OUT = ("_ignores_item_count", "model_accepts_loss_kwargs", "_label_counts")  # of model and data, and told once
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,12 @@ class ScaleChoice:
     Attributes:
         scale: the chosen scale.
         head_variance: the chosen, or given, variance of the head prior; None without one.
-        trials: in the order in which they were measured.
+        trials: in the order in which they were measured; of a path, its rungs.
         held_out: examples held out.
         num_examples: N while they were.
         method: "path" (`prior_scale="auto"`) or "grid" (`select_scale`).
         steps: optimizer steps that the search took.
+        checks: whole trainings that checked a path's choice, in their order; none with `prior_scale_checks=0`.
     """
 
     scale: float
@@ -100,18 +103,24 @@ class ScaleChoice:
     num_examples: int
     method: str
     steps: int
+    checks: tuple[ScaleTrial, ...] = ()
 
     def report(self) -> str:
-        """One or two sentences for a log."""
+        """One to three sentences for a log."""
         scales = sorted({t.scale for t in self.trials})
-        best = min(t.nll for t in self.trials)
+        best = min(t.nll for t in self.checks or self.trials)
         told = (
             f"scale {self.scale:.4g} of {len(scales)} from {scales[0]:.3g} to {scales[-1]:.3g} "
             f"(lowest NLL {best:.4f} nats on {self.held_out} held-out examples"
         )
         told += "" if self.head_variance is None else f"; head variance {self.head_variance:.3g}"
         told += ")"
-        if len(scales) > 1 and self.scale == scales[-1]:
+        if self.checks and self.scale != self.checks[0].scale:
+            first, last = self.checks[0], self.checks[-1]
+            told += f". The path chose {first.scale:.3g}, where a whole training overfits (NLL {first.nll:.4f})"
+            if self.scale == last.scale > scales[0]:
+                told += "; narrower priors may do better still, and prior_scale_checks trainings are used up: see select_scale"
+        elif len(scales) > 1 and self.scale == scales[-1]:
             told += ". It is the widest one: these data do not ask for this prior, and plain fine-tuning may do as well"
         elif len(scales) > 1 and self.scale == scales[0]:
             told += ". It is the narrowest one tried: these examples give no reason for the weights to leave the prior's mean"
@@ -120,7 +129,7 @@ class ScaleChoice:
     def to_json(self) -> str:
         """As text; `from_json` reads it back exactly. The NLL of a trial that diverged is null: JSON has no infinity."""
         values = asdict(self)
-        for trial in values["trials"]:
+        for trial in (*values["trials"], *values["checks"]):
             trial["nll"] = trial["nll"] if math.isfinite(trial["nll"]) else None
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
@@ -133,10 +142,10 @@ class ScaleChoice:
         """
         try:
             found = json.loads(text)
-            for trial in found["trials"]:
+            trials, checks = found.pop("trials"), found.pop("checks", [])  # the first version had no checks
+            for trial in (*trials, *checks):
                 trial["nll"] = math.inf if trial["nll"] is None else trial["nll"]
-            trials = tuple(ScaleTrial(**trial) for trial in found.pop("trials"))
-            return cls(**found, trials=trials)
+            return cls(**found, trials=tuple(ScaleTrial(**t) for t in trials), checks=tuple(ScaleTrial(**t) for t in checks))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PriorFormatError(f"{FILE_NAME} is not what prior_scale='auto' wrote: {error}") from error
 
@@ -269,6 +278,7 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
         trainer.optimizer = trainer.lr_scheduler = None
         attributes.pop("_eval_dataloaders", None)  # of the evaluation set, with dataloader_persistent_workers
         attributes["log"] = _say_nothing
+        attributes["_speaks"] = _no  # how the prior enters is told once, of the training itself
         handler.callbacks = [DefaultFlowCallback(), *own, *callbacks]
         trainer._bind()
         yield
@@ -296,6 +306,10 @@ def rehearsal(trainer: PriorTrainerMixin, dataset: Any, callbacks: list[TrainerC
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     """In place of `Trainer.log`, which a subclass may have made its own."""
     del args, kwargs
+
+
+def _no() -> bool:
+    return False
 
 
 def _containers_copied(value: Any, depth: int = 3) -> Any:
@@ -552,8 +566,57 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
     head = penalty.head_variance
     if heads:
         head = best(callback.head_trials).head_variance
-    trials = (*callback.head_trials, *callback.trials)
-    return ScaleChoice(best(callback.trials).scale, head, trials, len(held), num_examples, "path", len(trials) * each)
+    proposed, trials = best(callback.trials), (*callback.head_trials, *callback.trials)
+    checks: list[ScaleTrial] = []
+    steps = len(trials) * each
+    if scale is None:
+        checks, taken = _check(trainer, proposed, callback.ladder, head, rest, held)
+        steps += taken
+    chosen = min(checks or [proposed], key=lambda t: t.nll).scale
+    return ScaleChoice(chosen, head, trials, len(held), num_examples, "path", steps, tuple(checks))
+
+
+def _check(
+    trainer: PriorTrainerMixin, proposed: ScaleTrial, ladder: Sequence[float], head: float | None, rest: Any, held: Any
+) -> tuple[list[ScaleTrial], int]:
+    """Whole trainings on `rest` at the scale the path proposes and, while that overfits, at narrower ones; their steps too.
+
+    Raises:
+        PriorNumericsError: none has a finite held-out loss.
+    """
+    at_most = trainer._prior_settings["prior_scale_checks"]
+    below = [scale for scale in reversed(ladder) if scale <= proposed.scale][::PER_DECADE][:at_most]
+    visible = not trainer.args.disable_tqdm and trainer.is_world_process_zero()
+    checks: list[ScaleTrial] = []
+    steps = 0
+    with tqdm(total=len(below), desc="checking the prior's scale", disable=not visible) as bar:
+        for scale in below:
+            nll, taken, _ = _whole_training(trainer, scale, head, rest, held)
+            steps += taken
+            checks.append(ScaleTrial(scale, head, nll))
+            bar.set_postfix_str(f"scale {scale:.2g}, NLL {nll:.4f}")
+            bar.update()
+            if nll <= proposed.nll if len(checks) == 1 else math.isfinite(checks[-2].nll) and nll >= checks[-2].nll:
+                break
+    if checks and not any(math.isfinite(t.nll) for t in checks):
+        raise PriorNumericsError(
+            f"a whole training has no finite loss at the scales {', '.join(f'{t.scale:.3g}' for t in checks)}, though a few "
+            "steps had: lower the learning rate."
+        )
+    return checks, steps
+
+
+def _whole_training(
+    trainer: PriorTrainerMixin, scale: float, head: float | None, rest: Any, held: Any
+) -> tuple[float, int, int]:
+    """(held-out NLL, infinite where it is not a number; optimizer steps; N) of the training as it is set, on `rest`."""
+    with rehearsal(trainer, rest, [], prior_scale=scale, prior_head_variance=head):
+        loader = held_out_loader(trainer, held)
+        num_examples = trainer._num_examples()
+        trainer._train_as_it_is()
+        steps = trainer.state.global_step
+        nll = held_out_nll(trainer, loader, len(held))
+    return (nll if math.isfinite(nll) else math.inf), steps, num_examples
 
 
 def _schedule(args: Any, rungs: int, each: int) -> dict[str, Any]:
@@ -632,13 +695,9 @@ def select_scale(
     visible = not trainer.args.disable_tqdm and trainer.is_world_process_zero()
     num_examples = steps = 0
     for scale, head in tqdm(pairs, desc="choosing the prior's scale", disable=not visible):
-        with rehearsal(trainer, rest, [], prior_scale=scale, prior_head_variance=head):
-            loader = held_out_loader(trainer, held)
-            num_examples = trainer._num_examples()
-            trainer._train_as_it_is()
-            steps += trainer.state.global_step
-            nll = held_out_nll(trainer, loader, len(held))
-        trials.append(ScaleTrial(scale, head, nll if math.isfinite(nll) else math.inf))
+        nll, taken, num_examples = _whole_training(trainer, scale, head, rest, held)
+        steps += taken
+        trials.append(ScaleTrial(scale, head, nll))
     chosen = min(trials, key=lambda t: t.nll)
     if not math.isfinite(chosen.nll):
         raise PriorNumericsError("the held-out loss is not finite for any candidate: lower the learning rate.")

@@ -73,6 +73,7 @@ else:
 
 _DEFAULTS: dict[str, Any] = {
     "prior_scale": None,
+    "prior_scale_checks": 4,
     "prior_rank": None,
     "prior_head_variance": None,
     "prior_update": "auto",
@@ -154,8 +155,7 @@ class PriorTrainerMixin(_TrainerBase):
         self._schedule: CyclicalSchedule | None = None
         self._average: BayesianModelAverage | None = None  # while it is evaluated
         self._compared = False  # whether its members' predictions were
-        self._labels_of: Any = None  # the data set whose labels were counted
-        self._label_count = 0
+        self._label_counts: list[tuple[Any, int]] = []  # data sets and how many labels each was found to have, the last two
         self._written: set[Path] = set()  # folders of chains that this call of train() has written samples to
         self._frozen: str | None = None  # digest of the parameters that are not trained
         if chosen is not None:
@@ -312,8 +312,9 @@ class PriorTrainerMixin(_TrainerBase):
     def _num_labels(self) -> int:
         """Labels of the training set that the loss counts; one pass over each data set."""
         dataset = self.train_dataset
-        if self._labels_of is not dataset:
-            self._label_count = count_labels(
+        found = next((count for counted, count in self._label_counts if counted is dataset), None)
+        if found is None:
+            found = count_labels(
                 dataset,
                 self._get_collator_with_removed_columns(self.data_collator, description="Training"),
                 ignore_index=lambda labels: ignore_index_of(self.model, labels),
@@ -324,9 +325,9 @@ class PriorTrainerMixin(_TrainerBase):
                 world_size=self.args.world_size,
                 device=self.args.device,
             )
-            self._labels_of = dataset
-            logger.info(f"Prior: {self._label_count:,} labels count in the training set.")
-        return self._label_count
+            self._label_counts = [*self._label_counts[-1:], (dataset, found)]
+            logger.info(f"Prior: {found:,} labels count in the training set.")
+        return found
 
     def _how_to_pass_n(self) -> str:
         name = type(self.args).__name__
