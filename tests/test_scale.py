@@ -139,18 +139,18 @@ def test_where_a_long_training_overfits_the_checks_find_the_narrower_prior_that_
 
 def test_a_check_is_a_whole_training_on_the_four_fifths_and_there_are_at_most_so_many(tmp_path):
     prior, rows, _ = problem(3.0)
-    trainer = trainer_of(tmp_path, prior, rows, max_steps=120)
+    trainer = trainer_of(tmp_path, prior, rows, max_steps=60)
     choice = find_scale(trainer)
     order = torch.randperm(80, generator=torch.Generator().manual_seed(trainer.args.seed))
     held, rest = order[:16].sort().values, order[16:].sort().values
     for check in choice.checks:
-        alone = trainer_of(tmp_path / "alone", prior, Rows(rows.x[rest], rows.y[rest]), prior_scale=check.scale, max_steps=120)
+        alone = trainer_of(tmp_path / "alone", prior, Rows(rows.x[rest], rows.y[rest]), prior_scale=check.scale, max_steps=60)
         alone.train()
         with torch.no_grad():
             nll = alone.model(rows.x[held], rows.y[held])["loss"].item()
         assert check.nll == pytest.approx(nll, rel=1e-5)
     assert 1 <= len(choice.checks) <= 4
-    assert choice.steps == 13 * 9 + 120 * len(choice.checks)
+    assert choice.steps == 13 * 8 + 60 * len(choice.checks)
     trainer.args.prior_scale_checks = 0
     path = find_scale(trainer)
     assert path.checks == ()

@@ -263,6 +263,18 @@ def test_reliability_diagrams_of_several_seeds_are_put_together(report):
     assert drawn.expected_calibration_error == pytest.approx((4 * 0.01 + 4 * 0.45) / 8)
 
 
+def test_reliability_is_drawn_only_where_every_method_has_its_diagram(report, tmp_path):
+    line = "{},10,0,0.200000,0.266667,3,0.250000,0.500000\n"
+    found = [row("final", method, 0, 2.0) for method in ("plain", "low rank")]
+    names = {}
+    for methods in (["plain"], ["plain", "low rank"]):
+        text = "method,n,seed,lower,upper,count,confidence,accuracy\n" + "".join(line.format(m) for m in methods)
+        (tmp_path / "some_reliability.csv").write_text(text)
+        names[len(methods)] = {p.name for p in report.draw(tmp_path / "some.csv", found, tmp_path, "")}
+    assert names[1] == {"comparison.png"}
+    assert names[2] == {"comparison.png", "reliability_n10.png"}
+
+
 def test_a_candidate_that_diverged_is_not_chosen(monkeypatch):
     monkeypatch.syspath_prepend(str(GRID))
     grid = importlib.import_module("run")

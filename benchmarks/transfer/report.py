@@ -221,7 +221,7 @@ def scale_figure(rows: list[Row], path: Path) -> Path | None:
         panel.set_xlabel("scale of the prior's covariance")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("test NLL [nats per image]")
-    for marker, name in (("o", "chosen on validation images"), ("*", '"auto", one rehearsal')):
+    for marker, name in (("o", "chosen on validation images"), ("*", '"auto"')):
         panels[0][-1].plot([], [], marker=marker, color="0.4", markerfacecolor="none", linestyle="none", label=name)
     panels[0][-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
@@ -262,6 +262,8 @@ def draw(results: Path, rows: list[Row], folder: Path, title: str) -> Iterator[P
         yield drawn
     bins = read(results.with_name(f"{results.stem}_reliability.csv"))
     for n in sorted({int(r["n"]) for r in bins}):
+        if len(diagrams(bins, n)) < len({r["method"] for r in rows if r["stage"] == "final" and int(r["n"]) == n}):
+            continue  # rows from before diagrams were kept: a picture of one method compares nothing
         seeds = len({r["seed"] for r in bins if int(r["n"]) == n})
         name = f"{title}, n = {n} ({seeds} seeds together)"
         yield plot_reliability(diagrams(bins, n), folder / f"reliability_n{n}.png", title=name)
