@@ -200,13 +200,31 @@ def plot_scale(
         mine = sorted(mine, key=lambda t: t.scale)
         name = f"head variance {head:.2g}" if several else f"{choice.held_out} held-out examples ({choice.method})"
         panel.plot([t.scale for t in mine], [t.nll for t in mine], color=colour, marker=marker, linestyle=line, label=name)
-    whole = sorted((t for t in choice.checks if math.isfinite(t.nll)), key=lambda t: t.scale)
-    if whole:
+    if choice.checks:
         colour, marker, line = _STYLES[1]
-        values = [t.nll for t in whole]
+        low, high = (f(t.nll for t in (*shown, *(c for c in choice.checks if c.scale == choice.scale))) for f in (min, max))
+        limit = high + 2 * (high - low)  # a check that diverged would flatten all the rest
+        whole = sorted((t for t in choice.checks if t.nll <= limit), key=lambda t: t.scale)
         panel.plot(
-            [t.scale for t in whole], values, color=colour, marker=marker, linestyle=line, label="the same (whole trainings)"
+            [t.scale for t in whole],
+            [t.nll for t in whole],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label="the same (whole trainings)",
         )
+        beyond = [t.scale for t in choice.checks if not t.nll <= limit]
+        if beyond:
+            top = [0.98] * len(beyond)
+            panel.plot(
+                beyond,
+                top,
+                transform=panel.get_xaxis_transform(),
+                color=colour,
+                marker="^",
+                linestyle="none",
+                label="whole training beyond the picture, or diverged",
+            )
     if measured:
         colour, marker, line = _STYLES[-1]
         scales = sorted(measured)

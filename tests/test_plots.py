@@ -82,12 +82,14 @@ def test_methods_may_have_different_numbers_of_rows(tmp_path):
 def test_scales_are_drawn_with_the_chosen_one_marked(tmp_path):
     heads = tuple(ScaleTrial(0.1, head, 2.0 + head) for head in (0.01, 1.0))
     path = tuple(ScaleTrial(10.0**k, 0.01, 2.0 - 0.1 * k if k < 3 else float("inf")) for k in range(-1, 4))
-    checks = (ScaleTrial(100.0, 0.01, 1.85), ScaleTrial(10.0, 0.01, float("inf")))
+    checks = (ScaleTrial(100.0, 0.01, 1.85), ScaleTrial(10.0, 0.01, float("inf")), ScaleTrial(1.0, 0.01, 1e9))
     choice = ScaleChoice(100.0, 0.01, heads + path, 20, 80, "path", 70, checks=checks)
     written = plot_scale(choice, tmp_path / "scale.svg", measured={1.0: 2.2, 100.0: 1.9}, title="CIFAR")
     text = written.read_text()
     assert "chosen: 100" in text.replace("<!-- ", "").replace(" -->", "")
     assert "whole trainings" in text
+    assert "beyond the picture" in text
+    assert "1e9" not in text  # nor does the axis go there
     grid = ScaleChoice(1.0, 0.1, tuple(ScaleTrial(s, h, 1.0) for s in (1.0, 2.0) for h in (0.1, 0.2)), 20, 80, "grid", 8)
     assert plot_scale(grid, tmp_path / "grid.png").read_bytes()[:4] == PNG
     with pytest.raises(ValueError, match="nothing to plot"):

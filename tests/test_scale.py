@@ -28,7 +28,7 @@ from prior_hub import (
     scale_ladder,
     select_scale,
 )
-from prior_hub.finetuning.scale import best, read_choice, write_choice
+from prior_hub.finetuning.scale import _decades_below, best, read_choice, write_choice
 
 torch.set_num_threads(1)
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
@@ -139,25 +139,38 @@ def test_where_a_long_training_overfits_the_checks_find_the_narrower_prior_that_
 
 def test_a_check_is_a_whole_training_on_the_four_fifths_and_there_are_at_most_so_many(tmp_path):
     prior, rows, _ = problem(3.0)
-    trainer = trainer_of(tmp_path, prior, rows, max_steps=60)
+    trainer = trainer_of(tmp_path, prior, rows, max_steps=104)
     choice = find_scale(trainer)
     order = torch.randperm(80, generator=torch.Generator().manual_seed(trainer.args.seed))
     held, rest = order[:16].sort().values, order[16:].sort().values
     for check in choice.checks:
-        alone = trainer_of(tmp_path / "alone", prior, Rows(rows.x[rest], rows.y[rest]), prior_scale=check.scale, max_steps=60)
+        alone = trainer_of(tmp_path / "alone", prior, Rows(rows.x[rest], rows.y[rest]), prior_scale=check.scale, max_steps=104)
         alone.train()
         with torch.no_grad():
             nll = alone.model(rows.x[held], rows.y[held])["loss"].item()
         assert check.nll == pytest.approx(nll, rel=1e-5)
     assert 1 <= len(choice.checks) <= 4
-    assert choice.steps == 13 * 8 + 60 * len(choice.checks)
+    assert choice.steps == 13 * 8 + 104 * len(choice.checks)
     trainer.args.prior_scale_checks = 0
     path = find_scale(trainer)
     assert path.checks == ()
     assert path.trials == choice.trials
     assert path.scale == choice.checks[0].scale == best(path.trials).scale
-    with pytest.raises(ValueError, match="prior_scale_checks is -1"):
-        quiet_arguments(tmp_path, PriorTrainingArguments, prior_scale_checks=-1)
+    trainer.args.prior_scale_checks = "2"  # text, as a search or a command line may set it
+    assert find_scale(trainer).checks == choice.checks[:2]
+    for wrong in (-1, 1, 2.5, "two", None, True):
+        with pytest.raises(ValueError, match="prior_scale_checks is"):
+            quiet_arguments(tmp_path, PriorTrainingArguments, prior_scale_checks=wrong)
+
+
+def test_a_training_shorter_than_the_path_is_not_checked_nor_is_the_narrowest_prior(tmp_path, monkeypatch):
+    prior, rows, _ = problem(30.0)
+    assert find_scale(trainer_of(tmp_path, prior, rows, max_steps=20)).checks == ()  # 104 steps of path, and wide is best
+    worse_and_worse = itertools.count()
+    monkeypatch.setattr("prior_hub.finetuning.scale.held_out_nll", lambda *args: next(worse_and_worse))
+    narrowest = find_scale(trainer_of(tmp_path, prior, rows, max_steps=104))
+    assert narrowest.scale == narrowest.trials[0].scale
+    assert narrowest.checks == ()
 
 
 @pytest.mark.parametrize(
@@ -165,10 +178,21 @@ def test_a_check_is_a_whole_training_on_the_four_fifths_and_there_are_at_most_so
     [
         ({4: 1.9}, [4], 4, "lowest NLL 1.9000"),  # no worse than the path, which had 2.0
         ({4: 2.1, 3: 2.2}, [4, 3], 4, "lowest NLL 2.1000"),  # worse, and so is the narrower one
-        ({4: 2.5, 3: 2.3, 2: 2.2, 1: 2.25}, [4, 3, 2, 1], 2, "The path chose 1e+04, where a whole training overfits (NLL 2.5"),
+        (
+            {4: 2.5, 3: 2.3, 2: 2.2, 1: 2.25},
+            [4, 3, 2, 1],
+            2,
+            "The path chose 1e+04, where a whole training ends worse (NLL 2.5",
+        ),
         ({4: 2.5, 3: 2.3, 2: 2.2, 1: 2.1}, [4, 3, 2, 1], 1, "prior_scale_checks trainings are used up"),
-        ({4: math.inf, 3: math.inf, 2: 2.2, 1: 2.3}, [4, 3, 2, 1], 2, "(NLL inf)"),  # they diverge
-        ({4: math.inf, 3: 2.2, 2: math.inf}, [4, 3, 2], 3, "(NLL inf)"),
+        ({4: math.inf, 3: math.inf, 2: 2.2, 1: 2.3}, [4, 3, 2, 1], 2, "where a whole training diverges"),
+        ({4: math.inf, 3: 2.2, 2: math.inf}, [4, 3, 2], 3, "where a whole training diverges"),
+        (
+            {4: 1e12, 3: 4e11, 2: 4e11},
+            [4, 3, 2],
+            3,
+            "worse than the narrowest prior begins (NLL 3.0000): lower the learning rate",
+        ),
     ],
 )
 def test_from_the_paths_choice_it_goes_down_by_decades_while_whole_trainings_improve(
@@ -184,7 +208,7 @@ def test_from_the_paths_choice_it_goes_down_by_decades_while_whole_trainings_imp
         "prior_hub.finetuning.scale._whole_training",
         lambda trainer, scale, *rest: (next(v for k, v in whole.items() if k == pytest.approx(scale)), 7, 64),
     )
-    choice = find_scale(trainer_of(tmp_path, prior, rows, max_steps=11))
+    choice = find_scale(trainer_of(tmp_path, prior, rows, max_steps=88))
     assert [t.scale for t in choice.checks] == pytest.approx([10.0**k for k in checked])
     assert choice.scale == pytest.approx(10.0**taken)
     assert choice.steps == 11 * 8 + 7 * len(checked)
@@ -195,7 +219,53 @@ def test_a_training_that_diverges_at_every_scale_is_said(tmp_path, monkeypatch):
     prior, rows, _ = problem(3.0)
     monkeypatch.setattr("prior_hub.finetuning.scale._whole_training", lambda *args: (math.inf, 7, 64))
     with pytest.raises(PriorNumericsError, match="a whole training has no finite loss at the scales"):
-        find_scale(trainer_of(tmp_path, prior, rows, max_steps=5))
+        find_scale(trainer_of(tmp_path, prior, rows, max_steps=104))
+
+
+def test_whole_decades_below_a_rung_and_the_lowest_are_what_may_be_checked():
+    rungs = [1.0, 3.0, 10.0, 30.0, 100.0]
+    assert _decades_below(100.0, rungs) == [100.0, 10.0, 1.0]
+    assert _decades_below(30.0, rungs) == [30.0, 3.0, 1.0]
+    assert _decades_below(3.0, rungs) == [3.0, 1.0]
+    assert _decades_below(1.0, rungs) == [1.0]
+
+
+@pytest.mark.parametrize("setting", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
+def test_path_checks_and_training_are_all_in_the_precision_and_the_form_that_were_asked_for(tmp_path, setting):
+    prior, rows, _ = problem(3.0)
+    seen = []
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(40, 2, bias=False)
+
+        def forward(self, x, labels=None):
+            logits = self.body(x)
+            return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
+
+    class Watched(PriorTrainer):
+        def training_step(self, model, *args, **kwargs):
+            seen.append(type(model).__name__)
+            return super().training_step(model, *args, **kwargs)
+
+    def trained(scale):
+        seen.clear()
+        args = {"max_steps": 104, "learning_rate": 0.1, "logging_strategy": "no", "prior_scale": scale, **setting}
+        args = quiet_arguments(tmp_path, PriorTrainingArguments, **args)
+        model = Plain()
+        if "bf16" in setting:
+            model.body.register_forward_hook(lambda module, given, result: seen.append(str(result.dtype)))
+        trainer = Watched(model=model, args=args, train_dataset=rows, prior=prior, optimizer_cls_and_kwargs=SGD)
+        trainer.train()
+        return trainer, set(seen)
+
+    found, forms = trained("auto")
+    assert found.prior_scale_choice.checks
+    assert forms == ({"Plain", "torch.bfloat16"} if "bf16" in setting else {"OptimizedModule"})
+    alone, same = trained(found.prior_scale_choice.scale)
+    assert same == forms
+    assert torch.equal(found.model.body.weight, alone.model.body.weight)
 
 
 def test_after_the_search_training_is_to_the_bit_what_it_is_with_the_number(tmp_path):

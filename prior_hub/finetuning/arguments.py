@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from prior_hub.finetuning.counting import COUNTS
 from prior_hub.finetuning.proximal import UPDATES
 from prior_hub.finetuning.sampling import METRICS, SAMPLERS
-from prior_hub.finetuning.scale import number_or_auto
+from prior_hub.finetuning.scale import checks_allowed, number_or_auto
 from prior_hub.inference.schedule import SCHEDULES
 
 __all__ = ["PriorArgumentsMixin", "PriorTrainingArguments", "SamplingArgumentsMixin"]
@@ -24,7 +24,8 @@ class PriorArgumentsMixin:
         prior_scale: scale of the prior's covariance; the stored one when None; "auto": chosen by a rehearsal before the
             training, with a fifth of the training set held out, which takes two to five times as long as the training itself.
         prior_scale_checks: whole trainings on the four fifths that may check what "auto" chose, at most: one where it holds,
-            more where the training overfits at that scale. 0: none, which is blind to a long training's end.
+            two or more where the training ends worse than the rehearsal promised. 0: none, which is blind to what a long
+            training overfits. Callbacks (early stopping) have no part in them.
         prior_rank: use only this many deviations; all when None, 0 for a diagonal prior.
         prior_head_variance: variance of the zero-mean prior over parameters the prior does not know; None leaves them to
             weight_decay, or is 1 with a sampler; "auto": chosen by the rehearsal.
@@ -66,7 +67,7 @@ class PriorArgumentsMixin:
         default=4,
         metadata={
             "help": "With prior_scale='auto': at most this many whole trainings check the choice and make it narrower where "
-            "they overfit; as a rule one is enough. 0: none, which is blind to what a long training overfits."
+            "that improves; as a rule two are enough. 0: none, which is blind to what a long training overfits."
         },
     )
     prior_rank: int | None = field(
@@ -136,8 +137,7 @@ class PriorArgumentsMixin:
         """Numbers from the command line come as text, because "auto" may stand in their place."""
         self.prior_scale = number_or_auto(self.prior_scale, "prior_scale")
         self.prior_head_variance = number_or_auto(self.prior_head_variance, "prior_head_variance")
-        if self.prior_scale_checks < 0:
-            raise ValueError(f"prior_scale_checks is {self.prior_scale_checks}, expected 0 or more.")
+        self.prior_scale_checks = checks_allowed(self.prior_scale_checks)
         further = getattr(super(), "__post_init__", None)
         if further is not None:
             further()

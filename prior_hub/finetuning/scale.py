@@ -10,9 +10,12 @@ neighbours) is what the path proposes. It costs about as much as the training, a
 
 A rung is much shorter than the training, and does not see what a long training overfits. So the proposal is checked by a whole
 training on the four fifths. Where that ends no worse than the path was at this scale, the scale is taken. Where it ends worse,
-the training overfits there, and narrower priors, a decade apart, are trained under as long as that improves, at most
-`prior_scale_checks` trainings in all (4; 0 for the path alone). Then everything is put back and the training itself runs on all
-examples. So "auto" costs two to five trainings before the training. `find_scale` does it without the training.
+narrower priors, a decade apart, are trained under as long as that improves, at most `prior_scale_checks` trainings in all (4; 0
+for the path alone; none where the training is shorter than the path, and cannot overfit more). Then everything is put back and
+the training itself runs on all examples. So "auto" costs two to five trainings beforehand. `find_scale` does it without.
+
+No callback of yours has a part in it, early stopping and `load_best_model_at_end` neither: where they keep a training from
+overfitting, the checks do not know, and `prior_scale_checks=0` leaves them out.
 
 The held-out examples must be new to the model: it should start from the prior's mean (`prior_initialize`, the default) or from
 other weights, the head's too, that were not fitted to this training set, and not be trained a second time. With label smoothing
@@ -66,7 +69,7 @@ WIDTHS = (1e-3, 1e3)
 HEAD_VARIANCES = tuple(10 ** (k / 2) for k in range(-5, 3))  # 0.003 to 10
 PER_DECADE = 2
 STEPS_PER_RUNG = (8, 100)  # at least and at most
-_FORWARD = ("forward", "_original_forward")  # accelerate wraps them, once more for every training in mixed precision
+_FORWARD = ("forward", "_original_forward", "_is_accelerate_prepared")  # accelerate wraps it, and the flag says that it has
 _PREPARED = ("_models", "_optimizers", "_schedulers", "_dataloaders")  # what accelerate remembers
 _DATA = ("train_dataset", "eval_dataset")
 _FOUND_OUT = ("_ignores_item_count", "model_accepts_loss_kwargs", "_label_counts")  # of model and data, and told once
@@ -117,9 +120,16 @@ class ScaleChoice:
         told += ")"
         if self.checks and self.scale != self.checks[0].scale:
             first, last = self.checks[0], self.checks[-1]
-            told += f". The path chose {first.scale:.3g}, where a whole training overfits (NLL {first.nll:.4f})"
+            ends = f"ends worse (NLL {first.nll:.4f})" if math.isfinite(first.nll) else "diverges"
+            told += f". The path chose {first.scale:.3g}, where a whole training {ends}"
             if self.scale == last.scale > scales[0]:
                 told += "; narrower priors may do better still, and prior_scale_checks trainings are used up: see select_scale"
+        start = min((t for t in self.trials if math.isfinite(t.nll)), key=lambda t: t.scale, default=None)
+        if self.checks and start is not None and best > 1.1 * start.nll:
+            told += (
+                f". A whole training ends worse than the narrowest prior begins (NLL {start.nll:.4f}): lower the learning "
+                "rate, or train for less"
+            )
         elif len(scales) > 1 and self.scale == scales[-1]:
             told += ". It is the widest one: these data do not ask for this prior, and plain fine-tuning may do as well"
         elif len(scales) > 1 and self.scale == scales[0]:
@@ -194,6 +204,24 @@ def scale_ladder(
     low, high = widths
     rungs = max(2, round(per_decade * math.log10(high / low)) + 1)
     return [low * (high / low) ** (k / (rungs - 1)) * norm / spread for k in range(rungs)]
+
+
+def checks_allowed(value: Any) -> int:
+    """`prior_scale_checks`, which may come as text.
+
+    Raises:
+        ValueError: it is not a whole number, negative, or 1, which could change nothing.
+    """
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0 or number == 1:
+        raise ValueError(
+            f"prior_scale_checks is {value!r}, expected 0 (the path alone) or a whole number of at least 2: one training alone "
+            "has nothing to be compared with."
+        )
+    return number
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -531,23 +559,23 @@ def best(trials: Sequence[ScaleTrial]) -> ScaleTrial:
     return finite[scores.index(min(scores))]
 
 
-def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, train: Callable[[], Any]) -> ScaleChoice:
+def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool) -> ScaleChoice:
     """`prior_scale="auto"` and `prior_head_variance="auto"`; leaves the trainer as it was.
 
     Args:
         trainer: with its prior bound.
         scale: the given scale, if only the head's variance is asked for; None for a ladder.
         auto_head: whether the head's variance is asked for.
-        train: the inner Trainer's `train`.
     """
     refuse_impossible_search(trainer)
+    at_most = checks_allowed(trainer._prior_settings["prior_scale_checks"])
     rest, held = held_out_split(trainer.train_dataset, 0.2, trainer.args.seed)
-    steps = training_steps(trainer)
+    steps_of_training = training_steps(trainer)
     penalty = trainer.prior_penalty
     assert penalty is not None  # noqa: S101
     ladder = scale_ladder(penalty.gaussian) if scale is None else [scale]
     heads = list(HEAD_VARIANCES) if auto_head and penalty.has_head else []
-    each = min(max(steps // (len(ladder) + len(heads)), STEPS_PER_RUNG[0]), STEPS_PER_RUNG[1])
+    each = min(max(steps_of_training // (len(ladder) + len(heads)), STEPS_PER_RUNG[0]), STEPS_PER_RUNG[1])
     callback = _Walk(trainer, ladder, heads, each, len(held))
     settings = {
         "max_steps": each * callback.rungs,
@@ -560,7 +588,7 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
         num_examples = trainer._num_examples()
         trainer._searching = True
         try:
-            train()
+            trainer._train_as_it_is()
         finally:
             trainer._searching = False
     head = penalty.head_variance
@@ -569,34 +597,51 @@ def walk(trainer: PriorTrainerMixin, *, scale: float | None, auto_head: bool, tr
     proposed, trials = best(callback.trials), (*callback.head_trials, *callback.trials)
     checks: list[ScaleTrial] = []
     steps = len(trials) * each
-    if scale is None:
-        checks, taken = _check(trainer, proposed, callback.ladder, head, rest, held)
+    until_there = (len(callback.head_trials) + callback.trials.index(proposed) + 1) * each
+    if scale is None and steps_of_training >= until_there:
+        scores = smoothed([t.nll for t in callback.trials if math.isfinite(t.nll)])
+        scales = _decades_below(proposed.scale, callback.ladder)[:at_most]
+        checks, taken = _check(trainer, scales, min(scores), head, rest, held)
         steps += taken
+    _forget_parts(trainer)
     chosen = min(checks or [proposed], key=lambda t: t.nll).scale
     return ScaleChoice(chosen, head, trials, len(held), num_examples, "path", steps, tuple(checks))
 
 
+def _decades_below(scale: float, ladder: Sequence[float]) -> list[float]:
+    """The rung at `scale`, those whole decades below it, and the lowest."""
+    below = [rung for rung in reversed(ladder) if rung <= scale]
+    return list(dict.fromkeys([*below[::PER_DECADE], below[-1]]))
+
+
+def _forget_parts(trainer: PriorTrainerMixin) -> None:
+    """The parts of the training set whose labels were counted."""
+    trainer._label_counts = [known for known in trainer._label_counts if known[0] is trainer.train_dataset]
+
+
 def _check(
-    trainer: PriorTrainerMixin, proposed: ScaleTrial, ladder: Sequence[float], head: float | None, rest: Any, held: Any
+    trainer: PriorTrainerMixin, scales: Sequence[float], promised: float, head: float | None, rest: Any, held: Any
 ) -> tuple[list[ScaleTrial], int]:
-    """Whole trainings on `rest` at the scale the path proposes and, while that overfits, at narrower ones; their steps too.
+    """Whole trainings on `rest`, from wide to narrow while that improves; with the optimizer steps that they took.
+
+    None where there is nothing narrower to go to; only one where that ends no worse than `promised`.
 
     Raises:
         PriorNumericsError: none has a finite held-out loss.
     """
-    at_most = trainer._prior_settings["prior_scale_checks"]
-    below = [scale for scale in reversed(ladder) if scale <= proposed.scale][::PER_DECADE][:at_most]
+    if len(scales) < 2:
+        return [], 0
     visible = not trainer.args.disable_tqdm and trainer.is_world_process_zero()
     checks: list[ScaleTrial] = []
     steps = 0
-    with tqdm(total=len(below), desc="checking the prior's scale", disable=not visible) as bar:
-        for scale in below:
+    with tqdm(total=len(scales), desc="checking the prior's scale", disable=not visible) as bar:
+        for scale in scales:
             nll, taken, _ = _whole_training(trainer, scale, head, rest, held)
             steps += taken
             checks.append(ScaleTrial(scale, head, nll))
             bar.set_postfix_str(f"scale {scale:.2g}, NLL {nll:.4f}")
             bar.update()
-            if nll <= proposed.nll if len(checks) == 1 else math.isfinite(checks[-2].nll) and nll >= checks[-2].nll:
+            if nll <= promised if len(checks) == 1 else math.isfinite(checks[-2].nll) and nll >= checks[-2].nll:
                 break
     if checks and not any(math.isfinite(t.nll) for t in checks):
         raise PriorNumericsError(
@@ -609,7 +654,7 @@ def _check(
 def _whole_training(
     trainer: PriorTrainerMixin, scale: float, head: float | None, rest: Any, held: Any
 ) -> tuple[float, int, int]:
-    """(held-out NLL, infinite where it is not a number; optimizer steps; N) of the training as it is set, on `rest`."""
+    """(held-out NLL, infinite where it is not a number; optimizer steps; N) of the training, without callbacks, on `rest`."""
     with rehearsal(trainer, rest, [], prior_scale=scale, prior_head_variance=head):
         loader = held_out_loader(trainer, held)
         num_examples = trainer._num_examples()
@@ -644,7 +689,7 @@ def find_scale(trainer: PriorTrainerMixin) -> ScaleChoice:
     if trainer.prior is None:
         raise ValueError("this trainer has no prior, and so no scale to choose.")
     auto_head = trainer._asked_for("prior_head_variance")
-    return walk(trainer, scale=None, auto_head=auto_head, train=trainer._train_as_it_is)
+    return walk(trainer, scale=None, auto_head=auto_head)
 
 
 # --------------------------------------------------------------------------------------------------------------- the grid
@@ -698,6 +743,7 @@ def select_scale(
         nll, taken, num_examples = _whole_training(trainer, scale, head, rest, held)
         steps += taken
         trials.append(ScaleTrial(scale, head, nll))
+    _forget_parts(trainer)
     chosen = min(trials, key=lambda t: t.nll)
     if not math.isfinite(chosen.nll):
         raise PriorNumericsError("the held-out loss is not finite for any candidate: lower the learning rate.")

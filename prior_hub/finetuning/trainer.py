@@ -427,9 +427,7 @@ class PriorTrainerMixin(_TrainerBase):
         else:
             scale = None if auto else self._prior_settings["prior_scale"]
             given = self.prior_penalty.gaussian.scale if self.prior_penalty is not None else None
-            self.prior_scale_choice = walk(
-                self, scale=None if auto else scale or given, auto_head=auto_head, train=self._train_as_it_is
-            )
+            self.prior_scale_choice = walk(self, scale=None if auto else scale or given, auto_head=auto_head)
             if self.is_world_process_zero():
                 _write_or_warn(self.args.output_dir, self.prior_scale_choice)
                 if self._speaks():
