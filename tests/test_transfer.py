@@ -200,7 +200,9 @@ def report(monkeypatch):
 PLACES = [("cifar", "benchmarks/transfer/README.md"), ("cifar", "README.md"), ("cifar", "docs/scale.md")]
 
 
-@pytest.mark.parametrize(("results", "name"), [*PLACES, ("cifar_trial", "benchmarks/transfer/README.md")])
+@pytest.mark.parametrize(
+    ("results", "name"), [*PLACES, *(("cifar_" + s, "benchmarks/transfer/README.md") for s in ("trial", "long"))]
+)
 def test_the_tables_in_the_texts_are_those_of_the_rows(report, results, name):
     found = report.read(GRID / "results" / f"{results}.csv")
     text = (report.ROOT / name).read_text()

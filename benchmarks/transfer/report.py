@@ -7,7 +7,7 @@ Prints, for each n whose cells are all there, accuracy, NLL, ECE and what is lef
 deviation over seeds), the difference in NLL from plain fine-tuning over the same seeds, and the regret: how far the NLL of the
 scale that validation chose lies above the best scale on the test set. Numbers with missing cells are named, not shown.
 `--write` puts the same tables of cifar.csv between their marks in benchmarks/transfer/README.md, README.md and docs/scale.md,
-and those of cifar_trial.csv in the first.
+and those of cifar_trial.csv and cifar_long.csv in the first.
 """
 
 from __future__ import annotations
@@ -181,6 +181,7 @@ def whole(rows: list[Row]) -> str:
 WRITTEN: dict[str, dict[str, Callable[[list[Row]], str]]] = {  # results/NAME.csv -> text -> its tables
     "cifar": {"benchmarks/transfer/README.md": whole, "README.md": overview, "docs/scale.md": overview},
     "cifar_trial": {"benchmarks/transfer/README.md": whole},
+    "cifar_long": {"benchmarks/transfer/README.md": whole},
 }
 
 

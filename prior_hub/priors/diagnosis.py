@@ -99,9 +99,8 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0, before: 
     elif taken >= 8 and 0 < spanned < 3:
         remarks.append(
             f"the deviations have an effective rank of {spanned:.1f} of {taken}, that of a random walk (2.5): "
-            "the low-rank part says where the weights went, not how far they may go. Train longer before the first "
-            "snapshot, with a larger learning rate, and take snapshots further apart (every_n_steps); or use the diagonal "
-            "(prior_rank=0)."
+            "the low-rank part says where the weights went, not how far they may go, and longer or hotter runs seldom change "
+            "that. A few principal directions do as well (prior-hub compress), and often the diagonal alone (prior_rank=0)."
         )
     elif gaussian.rank >= 4 and held == 0:
         remarks.append("the deviations are all zero: the weights did not move between snapshots.")
