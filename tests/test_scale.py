@@ -268,10 +268,11 @@ def test_path_checks_and_training_are_all_in_the_precision_and_the_form_that_wer
     assert torch.equal(found.model.body.weight, alone.model.body.weight)
 
 
-def test_after_the_search_training_is_to_the_bit_what_it_is_with_the_number(tmp_path):
+@pytest.mark.parametrize(("steps", "head"), [(12, "auto"), pytest.param(104, 0.1, marks=pytest.mark.slow)])
+def test_after_the_search_training_is_to_the_bit_what_it_is_with_the_number(tmp_path, steps, head):
     data, model = image_data(40), tiny_resnet()  # BatchNorm: its statistics must be put back too
     prior = random_prior(model)
-    settings = {"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 0.02, "logging_strategy": "steps"}
+    settings = {"per_device_train_batch_size": 8, "max_steps": steps, "learning_rate": 0.02, "logging_strategy": "steps"}
     settings |= {"logging_steps": 4, "seed": 3}
 
     def run(**more):
@@ -293,8 +294,9 @@ def test_after_the_search_training_is_to_the_bit_what_it_is_with_the_number(tmp_
         trainer.train()
         return trainer, fresh.state_dict(), events, torch.rand(3)
 
-    found, weights, events, number = run(prior_scale="auto", prior_head_variance="auto")
+    found, weights, events, number = run(prior_scale="auto", prior_head_variance=head)
     choice = found.prior_scale_choice
+    assert bool(choice.checks) == (steps == 104)  # a training as short as 12 steps is not checked
     _, same, told, drawn = run(prior_scale=choice.scale, prior_head_variance=choice.head_variance)
     assert all(torch.equal(weights[k], same[k]) for k in same)
     assert events == told
