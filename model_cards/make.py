@@ -98,11 +98,14 @@ def figures(results: Path = RESULTS) -> str:
         rows = [row for row in csv.DictReader(file) if row["stage"] == "final" and row["method"] in METHODS]
     lines = ["| n | method | strength | learning rate | accuracy | NLL (nats) | ECE |", "|---|---|---|---|---|---|---|"]
     seeds = sorted({int(row["seed"]) for row in rows})
+    winners, sizes = list[str](), list[str]()
     for n in sorted({int(row["n"]) for row in rows}):
         by = {m: [r for r in rows if r["method"] == m and int(r["n"]) == n] for m in METHODS}
         if any(sorted(int(r["seed"]) for r in mine) != seeds for mine in by.values()):
             continue
         best = min(by, key=lambda m: fmean(float(r["nll"]) for r in by[m]))
+        winners.append(best)
+        sizes.append(str(n))
         for method, mine in by.items():
             accuracy, nll, ece = (_spread(float(r[key]) for r in mine) for key in ("accuracy", "nll", "ece"))
             chosen = sorted({float(row["scale"] if method.endswith("auto") else row["strength"]) for row in mine})
@@ -113,7 +116,17 @@ def figures(results: Path = RESULTS) -> str:
             shown = f"**{nll}**" if method == best else nll
             lines.append(f"| {n} | {METHODS[method]} | {strength} | {rate} | {accuracy} | {shown} | {ece} |")
     machines = sorted({f"{row['machine']}, torch {row['torch']}" for row in rows})
-    told = f"Seeds {', '.join(map(str, seeds))}; measured on {'; '.join(machines)}."
+    won = dict.fromkeys(winners)
+    told = (
+        "Lowest NLL: "
+        + ", ".join(
+            f"{METHODS[m]} at n = {' and '.join(n for w, n in zip(winners, sizes, strict=True) if w == m)}" for m in won
+        )
+        + "."
+    )
+    if not any(METHODS[m].startswith("this prior") for m in won):
+        told += " This prior has it nowhere: try plain fine-tuning and a zero-mean prior first."
+    told += f"\n\nSeeds {', '.join(map(str, seeds))}; measured on {'; '.join(machines)}."
     return "\n\n".join([MARKS[0], "\n".join(lines), told, MARKS[1]])
 
 

@@ -197,6 +197,11 @@ def test_the_covariance_of_the_card_is_the_covariance_of_the_prior():
     assert PRIOR.penalty(theta).item() == pytest.approx((0.5 * x @ torch.linalg.solve(sigma, x)).item(), rel=1e-8)
 
 
+def test_a_scale_that_nobody_chose_is_left_to_auto_and_another_is_taken_as_stored():
+    assert 'prior_scale="auto"' in render_card(config(scale=1.0))
+    assert "prior_scale=prior.scale" in render_card(config(scale=1e3))
+
+
 def test_few_snapshots_are_named_as_a_limit_and_unknown_ones_are_not():
     assert "over 4 snapshots only" in render_card(config(num_snapshots=4))
     for snapshots in (24, None):

@@ -105,13 +105,14 @@ def test_a_random_walk_is_told_from_a_stationary_distribution_with_memory():
     wandered = learned(chain(1.0), rank=20, steps=20)
     walk = wandered.diagnose()
     assert walk.effective_rank == pytest.approx(2.5, abs=0.7)
-    (remark,) = walk.remarks
-    assert "of 20, that of a random walk (2.5)" in remark
-    assert "prior_rank=0" in remark
+    (note,) = walk.notes
+    assert walk.remarks == ()  # there is nothing to put right
+    assert "of 20, that of a random walk (2.5)" in note
+    assert f"note: {note}" in str(walk)
     few = wandered.compressed(rank=4)
-    assert diagnose(few.gaussian).remarks == ()  # so few directions alone would earn no remark
-    assert few.diagnose().remarks == (remark,)
-    assert few.truncated(2).diagnose().remarks == (remark,)
+    assert diagnose(few.gaussian).notes == ()  # so few directions alone would earn no note
+    assert few.diagnose().notes == (note,)
+    assert few.truncated(2).diagnose().notes == (note,)
     assert few.diagnose().effective_rank == pytest.approx(effective_rank(walk.spectrum[:4]), rel=1e-4)  # of what is left
     state.zero_()
     for _ in range(50):

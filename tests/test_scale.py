@@ -787,6 +787,18 @@ def test_a_choice_reads_back_exactly_and_another_file_is_refused(tmp_path):
             ScaleChoice.from_json(text)
 
 
+def test_the_report_compares_a_whole_training_with_the_narrowest_prior_under_the_head_that_was_taken():
+    def told(*trials, check, head=None):
+        made = tuple(ScaleTrial(*t) for t in trials)
+        return ScaleChoice(10.0, head, made, 20, 80, "path", 1, (ScaleTrial(10.0, head, check),)).report()
+
+    assert "lower the learning rate" in told((1.0, None, 2.0), (10.0, None, 1.5), check=2.3)
+    assert "lower the learning rate" not in told((1.0, None, 2.0), (10.0, None, 1.5), check=2.1)
+    assert "lower the learning rate" not in told((1.0, None, -2.0), (10.0, None, -2.5), check=-2.15)  # a density may be above 1
+    with_heads = ((1.0, 0.003, 3.0), (1.0, 0.1, 2.1), (1.0, 0.1, 2.0), (10.0, 0.1, 1.5))  # head trials, then the rungs
+    assert "begins (NLL 2.0000): lower the learning rate" in told(*with_heads, check=2.8, head=0.1)
+
+
 def test_a_trial_that_diverged_is_written_as_json_that_every_reader_takes():
     trials = (ScaleTrial(1e2, None, 1.5), ScaleTrial(1e4, None, math.inf))
     choice = ScaleChoice(1e2, None, trials, 5, 20, "path", 40, checks=trials[::-1])

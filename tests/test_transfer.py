@@ -122,6 +122,12 @@ def test_the_grid_runs_resumes_and_is_reported(folder, monkeypatch):
     for name in ("comparison", "scale", "reliability_n30"):
         assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
+    searched = rows(folder / "results_auto.csv")
+    for final in (r for r in found if r["method"] == "low rank, auto"):  # so short a training is not checked
+        mine = [r for r in searched if r["seed"] == final["seed"]]
+        assert [r["part"] for r in mine] == ["path"] * 13
+        assert final["scale"] in {r["scale"] for r in mine}
+
     bins = rows(folder / "results_reliability.csv")
     for final in (r for r in found if r["stage"] == "final"):  # each diagram is of the test images and has the ECE of its row
         mine = [b for b in bins if all(b[k] == final[k] for k in ("method", "n", "seed"))]
@@ -275,6 +281,19 @@ def test_reliability_is_drawn_only_where_every_method_has_its_diagram(report, tm
         names[len(methods)] = {p.name for p in report.draw(tmp_path / "some.csv", found, tmp_path, "")}
     assert names[1] == {"comparison.png"}
     assert names[2] == {"comparison.png", "reliability_n10.png"}
+
+
+@pytest.mark.parametrize("name", ["cifar", "cifar_trial", "cifar_long"])
+def test_the_scale_of_each_auto_cell_is_the_best_of_its_whole_trainings(name):
+    kept, finals = rows(GRID / "results" / f"{name}_auto.csv"), rows(GRID / "results" / f"{name}.csv")
+    finals = [r for r in finals if r["stage"] == "final" and r["method"] == "low rank, auto"]
+    assert finals
+    for final in finals:
+        mine = [r for r in kept if all(r[k] == final[k] for k in ("method", "n", "seed"))]
+        assert sum(r["part"] == "path" for r in mine) == 13
+        whole = {float(r["scale"]): float(r["nll"]) for r in mine if r["part"] == "whole training"}
+        assert 1 <= len(whole) <= 4
+        assert whole[float(final["scale"])] == min(whole.values())
 
 
 def test_a_candidate_that_diverged_is_not_chosen(monkeypatch):

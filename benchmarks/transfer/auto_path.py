@@ -45,7 +45,10 @@ def main() -> None:
     _, settings["prior_head_variance"] = task.model(prior, images)
     if not options.scales:
         settings["max_steps"] *= options.longer
-        cells.found_scale(task, prior, settings, images, compiled=compiled)
+        choice = cells.found_scale(task, prior, settings, images, compiled=compiled)
+        for name, trials in (("path", choice.trials), ("whole trainings", choice.checks)):
+            print(f"{name}: " + ", ".join(f"{t.scale:.2g}: {t.nll:.3f}" for t in trials))
+        print(choice.report(), flush=True)
     rest, held = (images.part(torch.tensor(p.indices)) for p in held_out_split(images, 0.2, options.seed))
     for scale in options.scales:
         cells.set_seed(1000 + options.seed)

@@ -280,11 +280,7 @@ def found_scale(task: CifarTask, prior: PriorModel, settings: dict[str, Any], im
     if compiled:
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
     trainer = made_trainer(PriorTrainer, model, settings, images, prior=prior)
-    choice = find_scale(trainer)
-    for name, trials in (("path", choice.trials), ("whole trainings", choice.checks)):
-        print(f"  {name}: " + ", ".join(f"{t.scale:.2g}: {t.nll:.3f}" for t in trials))
-    print(f"  {choice.report()}", flush=True)
-    return choice
+    return find_scale(trainer)
 
 
 def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, Any]:
@@ -319,6 +315,7 @@ def run_cell(cell: Cell, config: dict[str, Any], task: CifarTask) -> dict[str, A
         if cell.method.endswith("auto"):
             choice = found_scale(task, chosen, head | settings, fit, compiled=t.get("compile", False))
             settings["prior_scale"] = choice.scale
+            row["choice"] = choice
             set_seed(1000 + cell.seed)
         trainer = train(PriorTrainer, model, {**head, **settings}, fit, prior=chosen)
         row["update"] = trainer.prior_update

@@ -33,6 +33,7 @@ COLUMNS = (
     *("accuracy", "nll", "ece", "source_accuracy", "source_nll"),
     *("head_variance", "scale", "update", "steps", "seconds", "threads", "torch", "machine"),
 )
+SEARCH = ("method", "n", "seed", "part", "scale", "nll")
 BINS = ("method", "n", "seed", "lower", "upper", "count", "confidence", "accuracy")
 KEY = ("stage", "method", "n", "seed", "strength", "learning_rate")
 NUMBERS = ("strength", "learning_rate")
@@ -76,9 +77,26 @@ def keep_bins(path: Path, row: dict[str, Any]) -> None:
         if count:
             values = {"lower": lower, "upper": upper, "confidence": confidence, "accuracy": accuracy}
             lines.append({**cell, "count": str(count)} | {k: f"{v:.6f}" for k, v in values.items()})
+    replace(path, BINS, lines)
+
+
+def keep_search(path: Path, row: dict[str, Any]) -> None:
+    """What `auto` measured on its held-out part for a final cell, along its path and by whole trainings."""
+    choice = row.pop("choice", None)
+    if choice is None:
+        return
+    cell = {name: str(row[name]) for name in ("method", "n", "seed")}
+    lines = [line for line in read(path) if any(line[name] != value for name, value in cell.items())]
+    for part, trials in (("path", choice.trials), ("whole training", choice.checks)):
+        lines += [{**cell, "part": part, "scale": f"{t.scale:.6g}", "nll": f"{t.nll:.5f}"} for t in trials]
+    replace(path, SEARCH, lines)
+
+
+def replace(path: Path, columns: tuple[str, ...], lines: list[dict[str, str]]) -> None:
+    """The whole file, or what was there."""
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, BINS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     partial.replace(path)
@@ -205,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
             jobs = [(one, config, folder, options.threads) for one in missing]
             for number, row in enumerate(pool.imap_unordered(work, jobs), 1):
                 keep_bins(results.with_name(f"{results.stem}_reliability.csv"), row)
+                keep_search(results.with_name(f"{results.stem}_auto.csv"), row)
                 append(results, row)
                 told = ", ".join(f"{name} {row[name]}" for name in KEY)
                 print(

@@ -58,7 +58,7 @@ def _check(arguments: argparse.Namespace) -> int:
             stiffest = prior.gaussian.largest_precision()
     if arguments.strict:
         return _report(arguments, prior, *_audit(arguments, prior, diagnosis, [str(item.message) for item in caught]))
-    remarks = [str(item.message) for item in caught] + _remarks(prior.config) + list(diagnosis.remarks)
+    remarks = [str(item.message) for item in caught] + _remarks(prior.config) + [*diagnosis.remarks, *diagnosis.notes]
     finite = "hashes, names, shapes, types and values are right"
     if arguments.json:
         print(
@@ -69,14 +69,16 @@ def _check(arguments: argparse.Namespace) -> int:
                     "commit": prior.commit_hash,
                     "largest_precision": stiffest,
                     "largest_precision_is_a_bound": bounded,
-                    "diagnosis": {key: value for key, value in dataclasses.asdict(diagnosis).items() if key != "remarks"},
+                    "diagnosis": {
+                        key: value for key, value in dataclasses.asdict(diagnosis).items() if key not in ("remarks", "notes")
+                    },
                     "remarks": remarks,
                 }
             )
         )
     else:
         print(f"{arguments.prior}: {prior!r}: {finite}; largest precision {'at most ' if bounded else ''}{stiffest:.3g}")
-        print("\n".join(f"  {line}" for line in str(dataclasses.replace(diagnosis, remarks=())).splitlines()))
+        print("\n".join(f"  {line}" for line in str(dataclasses.replace(diagnosis, remarks=(), notes=())).splitlines()))
         for remark in remarks:
             print(f"  note: {printable(remark)}")
     return 0
@@ -88,7 +90,7 @@ def _audit(
     """(what to put right, what is worth knowing)."""
     from prior_hub.registry import audit
 
-    found, notes = audit.audit_config(prior.config), list[str]()
+    found, notes = audit.audit_config(prior.config), list(diagnosis.notes)
     found += audit.audit_values(prior.gaussian, diagnosis, prior.config.variance_floor)
     found += [audit.Finding(warning.rstrip("."), "save the prior again with this version of prior_hub") for warning in warned]
     if prior.repo_id is None:
@@ -99,8 +101,9 @@ def _audit(
         state, problem = audit.hub_state(prior.repo_id, str(prior.commit_hash), subfolder=arguments.subfolder)
         text = state.card
         found += audit.audit_files(state.files, prior.config)
-        of_hub, notes = audit.audit_hub(state)
+        of_hub, of_the_hub = audit.audit_hub(state)
         found += of_hub
+        notes += of_the_hub
     return [*found, *audit.audit_card(text, prior.config, problem=problem)], notes
 
 

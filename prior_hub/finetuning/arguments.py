@@ -22,7 +22,7 @@ class PriorArgumentsMixin:
     Attributes:
         prior: Hub name or folder of the prior; `PriorTrainer(prior=...)` wins over it.
         prior_scale: scale of the prior's covariance; the stored one when None; "auto": chosen by a rehearsal before the
-            training, with a fifth of the training set held out, which takes two to five times as long as the training itself.
+            training, with a fifth of the training set held out: a path of at least 104 steps, and the checks below.
         prior_scale_checks: whole trainings on the four fifths that may check what "auto" chose, at most: one where it holds,
             two or more where the training ends worse than the rehearsal promised. 0: none, which is blind to what a long
             training overfits. Callbacks (early stopping) have no part in them.
@@ -60,14 +60,14 @@ class PriorArgumentsMixin:
         default=None,
         metadata={
             "help": "Scale of the prior's covariance: larger lets the data move the weights more. 'auto': chosen by a "
-            "rehearsal with a fifth held out, two to five times as long as the training. Default: as stored."
+            "rehearsal with a fifth held out, which takes several times as long as the training. Default: as stored."
         },
     )
     prior_scale_checks: int = field(
         default=4,
         metadata={
             "help": "With prior_scale='auto': at most this many whole trainings check the choice and make it narrower where "
-            "that improves; as a rule two are enough. 0: none, which is blind to what a long training overfits."
+            "that improves. 0: none, which is blind to what a long training overfits."
         },
     )
     prior_rank: int | None = field(

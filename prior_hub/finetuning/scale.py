@@ -11,8 +11,8 @@ neighbours) is what the path proposes. It costs about as much as the training, a
 A rung is much shorter than the training, and does not see what a long training overfits. So the proposal is checked by a whole
 training on the four fifths. Where that ends no worse than the path was at this scale, the scale is taken. Where it ends worse,
 narrower priors, a decade apart, are trained under as long as that improves, at most `prior_scale_checks` trainings in all (4; 0
-for the path alone; none where the training is shorter than the path, and cannot overfit more). Then everything is put back and
-the training itself runs on all examples. So "auto" costs two to five trainings beforehand. `find_scale` does it without.
+for the path alone; none where the training is shorter than the path up to there, and cannot overfit more). Then everything is
+put back and the training itself runs on all examples. `find_scale` does it without.
 
 No callback of yours has a part in it, early stopping and `load_best_model_at_end` neither: where they keep a training from
 overfitting, the checks do not know, and `prior_scale_checks=0` leaves them out.
@@ -124,8 +124,9 @@ class ScaleChoice:
             told += f". The path chose {first.scale:.3g}, where a whole training {ends}"
             if self.scale == last.scale > scales[0]:
                 told += "; narrower priors may do better still, and prior_scale_checks trainings are used up: see select_scale"
-        start = min((t for t in self.trials if math.isfinite(t.nll)), key=lambda t: t.scale, default=None)
-        if self.checks and start is not None and best > 1.1 * start.nll:
+        at_first = [t for t in self.trials if math.isfinite(t.nll) and t.head_variance == self.head_variance]
+        start = min(at_first, key=lambda t: (t.scale, t.nll), default=None)
+        if self.checks and start is not None and best > start.nll + 0.1 * abs(start.nll):
             told += (
                 f". A whole training ends worse than the narrowest prior begins (NLL {start.nll:.4f}): lower the learning "
                 "rate, or train for less"

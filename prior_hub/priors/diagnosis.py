@@ -37,6 +37,7 @@ class Diagnosis:
         effective_rank: of the low-rank part; 0 where there is none.
         useful_rank: directions that hold 99 % of the low-rank variance.
         remarks: what is degenerate, why, and what to do; empty for a healthy prior.
+        notes: what is worth knowing and no reason to learn it again.
     """
 
     num_parameters: int
@@ -48,6 +49,7 @@ class Diagnosis:
     effective_rank: float
     useful_rank: int
     remarks: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A few lines for a person."""
@@ -58,7 +60,7 @@ class Diagnosis:
                 f"low-rank part: {100 * self.low_rank_share:.0f} % of the total variance, effective rank "
                 f"{self.effective_rank:.1f} of {self.rank}, 99 % of it in {self.useful_rank} directions"
             )
-        return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
+        return "\n".join([*lines, *(f"note: {said}" for said in (*self.remarks, *self.notes))])
 
 
 def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0, before: Sequence[float] = ()) -> Diagnosis:
@@ -82,7 +84,7 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0, before: 
     effective = effective_rank(eigenvalues.tolist())
     useful = int((eigenvalues.cumsum(0) < 0.99 * held).sum()) + 1 if held > 0 else 0
     share = floored / count
-    remarks = []
+    remarks, notes = list[str](), list[str]()
     if share > 0.5:
         remarks.append(
             f"{100 * share:.0f} % of the variances are at the floor ({variance_floor:g}): the prior says little more than an "
@@ -97,10 +99,10 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0, before: 
             "snapshots further apart (every_n_steps)."
         )
     elif taken >= 8 and 0 < spanned < 3:
-        remarks.append(
+        notes.append(
             f"the deviations have an effective rank of {spanned:.1f} of {taken}, that of a random walk (2.5): "
-            "the low-rank part says where the weights went, not how far they may go, and longer or hotter runs seldom change "
-            "that. A few principal directions do as well (prior-hub compress), and often the diagonal alone (prior_rank=0)."
+            "the low-rank part says where the weights went, not how far they may go. In our studies longer and hotter runs "
+            "had the same, and a few principal directions did as well as all deviations (prior-hub compress)."
         )
     elif gaussian.rank >= 4 and held == 0:
         remarks.append("the deviations are all zero: the weights did not move between snapshots.")
@@ -114,6 +116,7 @@ def diagnose(gaussian: LowRankGaussian, *, variance_floor: float = 0.0, before: 
         effective_rank=effective,
         useful_rank=useful,
         remarks=tuple(remarks),
+        notes=tuple(notes),
     )
 
 

@@ -142,7 +142,7 @@ def render_card(
     recipe_parts = [_NOT_YET, "## How to make it", recipe.strip()] if recipe else []
     compute = check_compute(compute)
     parts = {
-        "How to use": _how_to_use(repo_id or PLACEHOLDER, subfolder),
+        "How to use": _how_to_use(repo_id or PLACEHOLDER, subfolder, config.scale),
         "What it is": f"{_covariance(config)}\n\n{_table(config)}",
         _LOOKS: _pictures(pictures or {}),
         "Where it comes from": _provenance(config),
@@ -529,7 +529,9 @@ def _load_line(name: str, subfolder: str | None) -> str:
     return f"prior = PriorModel.from_pretrained({json.dumps(name, ensure_ascii=False)}{folder})"
 
 
-def _how_to_use(name: str, subfolder: str | None) -> str:
+def _how_to_use(name: str, subfolder: str | None, stored: float) -> str:
+    """A scale of 1 is the source task's own posterior, which nobody has chosen for a target task: too narrow as a rule."""
+    scale = "prior.scale" if stored != 1 else '"auto"'
     return (
         "With a `model` to fine-tune and its `train_dataset`, as for the Hugging Face `Trainer`:\n\n"
         "```python\n"
@@ -539,7 +541,7 @@ def _how_to_use(name: str, subfolder: str | None) -> str:
         "trainer = PriorTrainer(\n"
         "    model=model,\n"
         "    prior=prior,\n"
-        '    args=PriorTrainingArguments(output_dir="out", prior_scale=prior.scale),\n'
+        f'    args=PriorTrainingArguments(output_dir="out", prior_scale={scale}),\n'
         "    train_dataset=train_dataset,\n"
         ")\n"
         "trainer.train()\n"
