@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-demo: $(VENV)/.installed  ## learn a prior, store it, fine-tune under it: real data, a table and a figure, 6 minutes on 2 slow cores
+demo: $(VENV)/.installed  ## learn a prior, store it, fine-tune under it: real data, a table and a figure, 4 to 6 minutes on 2 slow cores
 	$(BIN)/prior-hub demo --output demo_output
 
 test: $(VENV)/.installed  ## quick tests, about 6 minutes on 2 slow cores
