@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## learn a prior, store it, fine-tune under it: real data, a table and a figure, 4 to 6 minutes on 2 slow cores
 	$(BIN)/prior-hub demo --output demo_output
 
-test: $(VENV)/.installed  ## quick tests, about 6 minutes on 2 slow cores
+test: $(VENV)/.installed  ## quick tests, 3 to 7 minutes on 2 slow cores
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed  ## the tests that `make test` leaves out
