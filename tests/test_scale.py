@@ -704,6 +704,7 @@ def test_labels_are_counted_once_for_the_training_and_once_for_the_rest(tmp_path
     assert counted == [80, 64]
     assert trainer.prior_scale_choice.num_examples == 7 * 64
     assert trainer.prior_penalty.num_examples == 7 * 80
+    assert [part for part, _ in trainer._label_counts] == [rows]  # the part is not kept alive
 
 
 def test_the_steps_of_a_grid_are_those_that_were_taken(tmp_path):
@@ -787,7 +788,7 @@ def test_a_choice_reads_back_exactly_and_another_file_is_refused(tmp_path):
             ScaleChoice.from_json(text)
 
 
-def test_the_report_compares_a_whole_training_with_the_narrowest_prior_under_the_head_that_was_taken():
+def test_the_report_compares_a_whole_training_with_the_narrowest_prior_under_its_best_head():
     def told(*trials, check, head=None):
         made = tuple(ScaleTrial(*t) for t in trials)
         return ScaleChoice(10.0, head, made, 20, 80, "path", 1, (ScaleTrial(10.0, head, check),)).report()

@@ -65,19 +65,18 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def keep_bins(path: Path, row: dict[str, Any]) -> None:
-    """The reliability diagram of a final cell, one line for each bin that is not empty, in place of what was there for it."""
+    """The reliability diagram of a final cell, one line for each bin that is not empty."""
     found = row.pop("bins", None)
     if found is None:
         return
-    cell = {name: str(row[name]) for name in ("method", "n", "seed")}
-    lines = [line for line in read(path) if any(line[name] != value for name, value in cell.items())]
-    for lower, upper, count, confidence, accuracy in zip(
-        found.edges, found.edges[1:], found.count, found.confidence, found.accuracy, strict=False
-    ):
-        if count:
-            values = {"lower": lower, "upper": upper, "confidence": confidence, "accuracy": accuracy}
-            lines.append({**cell, "count": str(count)} | {k: f"{v:.6f}" for k, v in values.items()})
-    replace(path, BINS, lines)
+    bins = zip(found.edges, found.edges[1:], found.count, found.confidence, found.accuracy, strict=False)
+    lines = [
+        {"count": str(count)}
+        | {k: f"{v:.6f}" for k, v in zip(("lower", "upper", "confidence", "accuracy"), values, strict=True)}
+        for *edges, count, confidence, accuracy in bins
+        if count and (values := (*edges, confidence, accuracy))
+    ]
+    keep(path, BINS, row, lines)
 
 
 def keep_search(path: Path, row: dict[str, Any]) -> None:
@@ -85,20 +84,24 @@ def keep_search(path: Path, row: dict[str, Any]) -> None:
     choice = row.pop("choice", None)
     if choice is None:
         return
+    parts = (("path", choice.trials), ("whole training", choice.checks))
+    keep(
+        path,
+        SEARCH,
+        row,
+        [{"part": part, "scale": f"{t.scale:.6g}", "nll": f"{t.nll:.5f}"} for part, trials in parts for t in trials],
+    )
+
+
+def keep(path: Path, columns: tuple[str, ...], row: dict[str, Any], lines: list[dict[str, str]]) -> None:
+    """Lines of one final cell, in place of what was there for it; the whole file, or what it was before."""
     cell = {name: str(row[name]) for name in ("method", "n", "seed")}
-    lines = [line for line in read(path) if any(line[name] != value for name, value in cell.items())]
-    for part, trials in (("path", choice.trials), ("whole training", choice.checks)):
-        lines += [{**cell, "part": part, "scale": f"{t.scale:.6g}", "nll": f"{t.nll:.5f}"} for t in trials]
-    replace(path, SEARCH, lines)
-
-
-def replace(path: Path, columns: tuple[str, ...], lines: list[dict[str, str]]) -> None:
-    """The whole file, or what was there."""
+    others = [line for line in read(path) if any(line[name] != value for name, value in cell.items())]
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows([*others, *(cell | line for line in lines)])
     partial.replace(path)
 
 

@@ -96,7 +96,8 @@ class ScaleChoice:
         num_examples: N while they were.
         method: "path" (`prior_scale="auto"`) or "grid" (`select_scale`).
         steps: optimizer steps that the search took.
-        checks: whole trainings that checked a path's choice, in their order; none with `prior_scale_checks=0`.
+        checks: whole trainings that checked a path's choice, in their order; none with `prior_scale_checks=0`, and where they
+            could change nothing.
     """
 
     scale: float
@@ -124,8 +125,8 @@ class ScaleChoice:
             told += f". The path chose {first.scale:.3g}, where a whole training {ends}"
             if self.scale == last.scale > scales[0]:
                 told += "; narrower priors may do better still, and prior_scale_checks trainings are used up: see select_scale"
-        at_first = [t for t in self.trials if math.isfinite(t.nll) and t.head_variance == self.head_variance]
-        start = min(at_first, key=lambda t: (t.scale, t.nll), default=None)
+        finite = (t for t in self.trials if math.isfinite(t.nll))
+        start = min(finite, key=lambda t: (t.scale, t.nll), default=None)  # of a head's variances the best
         if self.checks and start is not None and best > start.nll + 0.1 * abs(start.nll):
             told += (
                 f". A whole training ends worse than the narrowest prior begins (NLL {start.nll:.4f}): lower the learning "
