@@ -108,3 +108,14 @@ def test_the_golden_configurations_are_json_a_person_can_read():
     for path in CARDS:
         text = path.with_suffix(".json").read_text()
         assert json.loads(text)["num_parameters"] == config_of(path).num_parameters
+
+
+def test_the_card_of_the_learned_prior_says_where_it_wins_and_that_it_wins_nowhere():
+    text = (FOLDER / "cifar10-resnet20-prior.md").read_text()
+    lowest = [line.split("|") for line in text.splitlines() if line.startswith("| ") and "**" in line]
+    assert len(lowest) == 4  # one for each n
+    told = next(line for line in text.splitlines() if line.startswith("Lowest NLL: "))
+    for cells in lowest:
+        assert cells[2].strip() in told
+        assert cells[1].strip() in told
+    assert ("This prior has it nowhere" in told) == (not any("this prior" in c[2] and "mean" not in c[2] for c in lowest))

@@ -69,13 +69,13 @@ def keep_bins(path: Path, row: dict[str, Any]) -> None:
     found = row.pop("bins", None)
     if found is None:
         return
-    bins = zip(found.edges, found.edges[1:], found.count, found.confidence, found.accuracy, strict=False)
-    lines = [
-        {"count": str(count)}
-        | {k: f"{v:.6f}" for k, v in zip(("lower", "upper", "confidence", "accuracy"), values, strict=True)}
-        for *edges, count, confidence, accuracy in bins
-        if count and (values := (*edges, confidence, accuracy))
-    ]
+    lines = []
+    for lower, upper, count, confidence, accuracy in zip(
+        found.edges, found.edges[1:], found.count, found.confidence, found.accuracy, strict=False
+    ):
+        if count:
+            values = {"lower": lower, "upper": upper, "confidence": confidence, "accuracy": accuracy}
+            lines.append({"count": str(count)} | {k: f"{v:.6f}" for k, v in values.items()})
     keep(path, BINS, row, lines)
 
 
